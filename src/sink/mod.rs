@@ -1,0 +1,1 @@
+//! stub: see DESIGN 7
