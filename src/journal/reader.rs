@@ -1,0 +1,181 @@
+//! Reading on from a position, with memory that does not depend on the backlog.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::scan::{Item, Scanner};
+use super::{Position, Segment, Shared, record};
+
+/// Where a reader begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// At a position, or at the oldest entry if that one is gone.
+    At(Position),
+    /// At the oldest entry that is kept.
+    Earliest,
+    /// After the last entry.
+    End,
+}
+
+/// Reads entries in order, and keeps those that it has not released from being given up.
+pub struct Reader {
+    shared: Arc<Shared>,
+    durable: watch::Receiver<Position>,
+    hold: u64,
+    next: Position,
+    open: Option<OpenSegment>,
+}
+
+struct OpenSegment {
+    first: u64,
+    path: Arc<Path>,
+    scanner: Scanner,
+}
+
+impl Reader {
+    pub(super) fn new(shared: Arc<Shared>, start: Start) -> Self {
+        let durable = shared.durable.subscribe();
+        let mut segments = shared.segments();
+        let end = *durable.borrow();
+        let oldest = segments.list.front().map_or(end, |segment| Position(segment.first));
+        let next = match start {
+            Start::At(position) => position.clamp(oldest, end.max(oldest)),
+            Start::Earliest => oldest,
+            Start::End => end,
+        };
+        if let Start::At(asked) = start
+            && asked < oldest
+        {
+            tracing::error!(lost = oldest.since(asked), "entries that were not read yet are gone from the journal");
+        }
+        let hold = segments.next_hold;
+        segments.next_hold += 1;
+        segments.holds.insert(hold, next);
+        drop(segments);
+        Self { shared, durable, hold, next, open: None }
+    }
+
+    /// The position that is read next.
+    pub fn position(&self) -> Position {
+        self.next
+    }
+
+    /// The position after the last durable entry.
+    pub fn end(&self) -> Position {
+        *self.durable.borrow()
+    }
+
+    /// Says that entries before `position` are not needed any more, not even after a restart.
+    pub fn release(&self, position: Position) {
+        if let Some(hold) = self.shared.segments().holds.get_mut(&self.hold) {
+            *hold = position.max(*hold);
+        }
+    }
+
+    /// Waits until there is something to read.
+    pub async fn readable(&mut self) {
+        let next = self.next;
+        // The sender lives as long as `shared`, so this does not fail.
+        drop(self.durable.wait_for(|end| *end > next).await);
+    }
+
+    /// Reads entries, and hands each with its position to `visit`, until there are no more or `visit` says stop
+    /// (`false`; that entry counts as read), or about `max_bytes` were read. Blocks on the disk.
+    ///
+    /// Entries that damage has made unreadable are passed over and logged as lost.
+    ///
+    /// # Errors
+    ///
+    /// [`ReadError`]; nothing is passed over, so that reading can be tried again.
+    pub fn read(&mut self, max_bytes: u64, mut visit: impl FnMut(Position, Bytes) -> bool) -> Result<(), ReadError> {
+        let mut left = max_bytes;
+        while left > 0 && self.next < self.end() {
+            let Some((segment, next_first)) = self.segment()? else { return Ok(()) };
+            let Some(open) = &mut self.open else { return Ok(()) };
+            let item = open.scanner.next(segment.end).map_err(|source| read_error(&open.path, source))?;
+            match item {
+                Item::Record { header, payload } => {
+                    left = left.saturating_sub(header.record_len());
+                    self.passed_to(header.seq, &segment.path);
+                    for (entry, seq) in record::entries(payload).zip(header.seq..) {
+                        if seq >= self.next.0 {
+                            self.next = Position(seq + 1);
+                            if !visit(Position(seq), entry) {
+                                // The rest of the record is read again.
+                                self.open = None;
+                                return Ok(());
+                            }
+                        }
+                    }
+                }
+                Item::Gap { .. } => {}
+                Item::Damaged { bytes } => {
+                    tracing::error!(file = %open.path.display(), offset = bytes.start, bytes = bytes.end - bytes.start, "journal is damaged; passing over it");
+                }
+                Item::End { .. } => match next_first {
+                    Some(first) => {
+                        self.passed_to(first, &segment.path);
+                        self.open = None;
+                    }
+                    // Everything up to here is durable, so that what is not readable is lost.
+                    None if open.scanner.offset() < segment.end => {
+                        open.scanner.skip_to(segment.end, segment.next_seq);
+                        self.passed_to(segment.next_seq, &segment.path);
+                    }
+                    None => return Ok(()),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves to `seq`, and says so if entries were missing before it.
+    fn passed_to(&mut self, seq: u64, path: &Path) {
+        let to = Position(seq);
+        if to > self.next {
+            let (from, lost) = (self.next.0, to.since(self.next));
+            tracing::error!(file = %path.display(), from, lost, "entries are lost from the journal");
+            self.next = to;
+        }
+    }
+
+    /// The segment that `next` is in, opened, and the first sequence number of the one after it.
+    fn segment(&mut self) -> Result<Option<(Segment, Option<u64>)>, ReadError> {
+        let (segment, next_first) = {
+            let segments = self.shared.segments();
+            let wanted = self.open.as_ref().map_or(self.next.0, |open| open.first);
+            let index = segments.list.partition_point(|segment| segment.first <= wanted).saturating_sub(1);
+            let Some(segment) = segments.list.get(index) else { return Ok(None) };
+            (segment.clone(), segments.list.get(index + 1).map(|next| next.first))
+        };
+        if self.open.as_ref().is_none_or(|open| open.first != segment.first) {
+            let file = File::open(&segment.path).map_err(|source| read_error(&segment.path, source))?;
+            let scanner = Scanner::new(Arc::new(file), segment.identity, segment.first);
+            self.open = Some(OpenSegment { first: segment.first, path: Arc::clone(&segment.path), scanner });
+        }
+        Ok(Some((segment, next_first)))
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.shared.segments().holds.remove(&self.hold);
+    }
+}
+
+fn read_error(path: &Path, source: io::Error) -> ReadError {
+    ReadError { path: path.to_owned(), source }
+}
+
+/// A segment could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("{} can't be read", path.display())]
+pub struct ReadError {
+    path: PathBuf,
+    source: io::Error,
+}

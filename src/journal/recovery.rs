@@ -1,0 +1,328 @@
+//! Opening a journal: a look that changes nothing, then the repairs that it calls for.
+//!
+//! | what is found | what it means | what is done |
+//! | --- | --- | --- |
+//! | records, then a terminator | a clean end | nothing |
+//! | last segment: bytes that are no record, none after them | a write that a crash cut short; nothing in it was acknowledged | kept in `quarantine/`, cut off |
+//! | bytes that are no record, records after them | damage; entries are lost | kept in `quarantine/`, marked as a gap |
+//! | a segment ends before the next one begins | damage, or a file is missing | what is there is kept in `quarantine/`, marked as a gap |
+//! | one of two copies of a header | damage; nothing is lost | written again |
+//! | a `.seg` file without a header | damage; the whole segment is lost | moved to `quarantine/`, marked as a gap |
+//! | a name that is not ours | somebody else's file | left alone |
+//! | a file made ready to be a segment | it holds nothing | used if it has the right length, else removed |
+//! | a newer format version | a newer engage-relay wrote it | refused; nothing is changed |
+//!
+//! A hole in the last commit before a power cut looks like damage and is reported so, although nothing in that commit
+//! was acknowledged: better one false alarm than a silent loss.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::record::{self, TERMINATOR};
+use super::scan::{Item, Scanner};
+use super::segment::{self, Found, HEADER_BLOCK, Header};
+use super::space::Spare;
+use super::{OpenError, Position};
+
+/// Ending of the name of a file that is being made ready to become a segment.
+pub(super) const SPARE: &str = "spare";
+
+/// What a look at a journal directory gives: what is there, and what is wrong with it.
+#[derive(Debug)]
+pub struct Inspection {
+    dir: PathBuf,
+    pub(super) segments: Vec<Segment>,
+    findings: Vec<Finding>,
+    spares: Vec<PathBuf>,
+}
+
+/// A segment file on disk.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub(super) path: PathBuf,
+    pub(super) header: Header,
+    /// Where its records end, in bytes; the file's length where that was not looked for.
+    pub(super) end: u64,
+    pub(super) size: u64,
+    /// The sequence number after its last.
+    pub(super) next_seq: u64,
+    /// Whether a repair has noted that entries are missing behind it.
+    ends_in_gap: bool,
+    pub(super) modified: SystemTime,
+}
+
+/// Something that is not as a clean stop leaves it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What it is.
+    pub kind: Kind,
+    /// The file it was found in.
+    pub file: PathBuf,
+    /// Where in the file, in bytes.
+    pub offset: u64,
+    /// How many bytes.
+    pub bytes: u64,
+    /// The entries that are lost: from the first position up to, not including, the second.
+    pub lost: Option<(Position, Position)>,
+}
+
+/// The kinds of findings, as metrics and `fsck` name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// A write that was cut short at the journal's end. Nothing in it was acknowledged.
+    TornTail,
+    /// Bytes within a segment that are no record.
+    Damaged,
+    /// A segment ends before the next begins.
+    Missing,
+    /// One of two copies of a segment's header.
+    Header,
+    /// A segment without a header.
+    Segment,
+    /// A file whose name is none of ours.
+    Foreign,
+}
+
+impl Kind {
+    /// The kind's name in metrics and reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::TornTail => "torn_tail",
+            Self::Damaged => "damaged",
+            Self::Missing => "missing",
+            Self::Header => "header",
+            Self::Segment => "segment",
+            Self::Foreign => "foreign",
+        }
+    }
+}
+
+impl Inspection {
+    /// Looks at the journal in `dir`. Segments that hold nothing from `from` on are not read through.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] when a file can't be read or has a newer format.
+    pub fn new(dir: &Path, from: Position) -> Result<Self, OpenError> {
+        let mut found = Self { dir: dir.to_owned(), segments: Vec::new(), findings: Vec::new(), spares: Vec::new() };
+        let names = found.names()?;
+        let firsts: Vec<u64> = names.iter().map(|(first, _)| *first).collect();
+        for (index, (first, path)) in names.into_iter().enumerate() {
+            let next_first = firsts.get(index + 1).copied();
+            found.look_at(path, first, next_first, from.0)?;
+        }
+        Ok(found)
+    }
+
+    /// What is wrong, in the journal's order.
+    pub fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    /// The position after the last entry.
+    pub fn end(&self) -> Position {
+        Position(self.segments.last().map_or(0, |segment| segment.next_seq))
+    }
+
+    /// The segment files in order; notes foreign files and spares.
+    fn names(&mut self) -> Result<Vec<(u64, PathBuf)>, OpenError> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            match segment::first_in_name(&path) {
+                Some(first) => names.push((first, path)),
+                None if path.extension().is_some_and(|ending| ending == SPARE) => self.spares.push(path),
+                None => self.note(Kind::Foreign, path, 0..0, None),
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn note(&mut self, kind: Kind, file: PathBuf, bytes: std::ops::Range<u64>, lost: Option<(u64, u64)>) {
+        let lost = lost.map(|(from, to)| (Position(from), Position(to)));
+        self.findings.push(Finding { kind, file, offset: bytes.start, bytes: bytes.end - bytes.start, lost });
+    }
+
+    fn look_at(&mut self, path: PathBuf, first: u64, next_first: Option<u64>, from: u64) -> Result<(), OpenError> {
+        let file = Arc::new(File::open(&path)?);
+        let metadata = file.metadata()?;
+        let size = metadata.len();
+        let header = match Header::read(&file)? {
+            Found::Newer(version) => return Err(OpenError::NewerVersion { file: path, version }),
+            Found::Whole(header) if header.first == first => header,
+            Found::Half(header) if header.first == first => {
+                self.note(Kind::Header, path.clone(), 0..HEADER_BLOCK, None);
+                header
+            }
+            Found::Foreign | Found::Whole(_) | Found::Half(_) => {
+                self.note(Kind::Segment, path, 0..size, None);
+                self.gap_before(next_first.unwrap_or(first));
+                return Ok(());
+            }
+        };
+        self.gap_before(first);
+        let modified = metadata.modified()?;
+        let mut segment = Segment { path, header, end: size, size, next_seq: first, ends_in_gap: false, modified };
+        match next_first {
+            Some(next) if next <= from => segment.next_seq = next,
+            _ => self.walk(&file, &mut segment, next_first.is_none())?,
+        }
+        self.segments.push(segment);
+        Ok(())
+    }
+
+    /// Reads through a segment's records.
+    fn walk(&mut self, file: &Arc<File>, segment: &mut Segment, is_last: bool) -> io::Result<()> {
+        let mut scanner = Scanner::new(Arc::clone(file), segment.header.identity, segment.header.first);
+        loop {
+            match scanner.next(segment.size)? {
+                Item::Record { .. } => segment.ends_in_gap = false,
+                Item::Gap { .. } => segment.ends_in_gap = true,
+                Item::Damaged { bytes } => {
+                    let before = scanner.next_seq();
+                    // The record at the end of the damaged bytes says how many entries they held.
+                    if let Item::Record { header, .. } | Item::Gap { header } = scanner.next(segment.size)? {
+                        segment.ends_in_gap = header.count == 0;
+                        self.note(Kind::Damaged, segment.path.clone(), bytes, Some((before, header.seq)));
+                    }
+                }
+                Item::End { torn } => {
+                    segment.end = scanner.offset();
+                    segment.next_seq = scanner.next_seq();
+                    if let (Some(torn), true) = (torn, is_last) {
+                        self.note(Kind::TornTail, segment.path.clone(), segment.end..torn, None);
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Notes what is missing between the last segment and the sequence number `first`.
+    fn gap_before(&mut self, first: u64) {
+        let Some(last) = self.segments.last_mut().filter(|last| last.next_seq < first) else { return };
+        let (path, bytes, lost) = (last.path.clone(), last.end..last.size, (last.next_seq, first));
+        last.next_seq = first;
+        if !last.ends_in_gap {
+            self.note(Kind::Missing, path, bytes, Some(lost));
+        }
+    }
+
+    /// Tells the inspection that entries up to `floor` have been there, since somebody has read them.
+    pub fn expect_end(&mut self, floor: Position) {
+        self.gap_before(floor.0);
+    }
+
+    /// Whether anything has to be repaired before the journal can be written on.
+    pub fn needs_repair(&self) -> bool {
+        self.findings.iter().any(|finding| finding.kind != Kind::Foreign)
+    }
+
+    /// Whether the last segment can be written on.
+    pub(super) fn is_continuable(&self) -> bool {
+        self.segments.last().is_some_and(|last| !last.ends_in_gap)
+    }
+
+    /// Carries out the repairs, and syncs them. Damaged bytes are copied to `quarantine` first.
+    ///
+    /// # Errors
+    ///
+    /// Any error of the file system; repairs can be begun again.
+    pub fn repair(&self, quarantine: &Path) -> io::Result<()> {
+        for finding in &self.findings {
+            match finding.kind {
+                Kind::TornTail => self.cut(finding, quarantine)?,
+                Kind::Damaged => self.mark_gap(finding, finding.bytes, quarantine)?,
+                Kind::Missing => self.mark_gap(finding, 0, quarantine)?,
+                Kind::Header => {
+                    let segment = self.segments.iter().find(|segment| segment.path == finding.file);
+                    let Some(segment) = segment else { continue };
+                    let file = segment::open(&segment.path)?;
+                    segment.header.write(&file)?;
+                    file.sync_all()?;
+                }
+                Kind::Segment => {
+                    fs::create_dir_all(quarantine)?;
+                    fs::rename(&finding.file, quarantine.join(finding.file.file_name().unwrap_or_default()))?;
+                    segment::sync_dir(quarantine)?;
+                }
+                Kind::Foreign => {}
+            }
+        }
+        segment::sync_dir(&self.dir)
+    }
+
+    /// A file of `size` bytes that is ready to be the next segment, if there is one; other spares are removed. What is in
+    /// it does not matter: a file has its full length only after all of it was written.
+    pub(super) fn take_spare(&mut self, size: u64) -> io::Result<Option<Spare>> {
+        let mut ready = None;
+        for path in self.spares.drain(..) {
+            let file = segment::open(&path)?;
+            if ready.is_none() && file.metadata()?.len() == size {
+                ready = Some(Spare { file, path, size });
+            } else {
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(ready)
+    }
+
+    fn cut(&self, finding: &Finding, quarantine: &Path) -> io::Result<()> {
+        keep(finding, finding.bytes, quarantine)?;
+        let file = segment::open(&finding.file)?;
+        let room = file.metadata()?.len() - finding.offset;
+        let len = finding.bytes.max(TERMINATOR.len() as u64).min(room);
+        file.write_all_at(&vec![0; usize::try_from(len).map_err(io::Error::other)?], finding.offset)?;
+        file.sync_all()
+    }
+
+    /// Writes a gap of `len` bytes over the finding's first. Where a file was cut too short for it, it grows.
+    fn mark_gap(&self, finding: &Finding, len: u64, quarantine: &Path) -> io::Result<()> {
+        let file = segment::open(&finding.file)?;
+        let unreadable = if len == 0 { written_len(&file, finding)? } else { len };
+        keep(finding, unreadable, quarantine)?;
+        let (Some(segment), Some((from, _))) =
+            (self.segments.iter().find(|segment| segment.path == finding.file), finding.lost)
+        else {
+            return Ok(());
+        };
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        if (1..record::HEADER).contains(&len) {
+            // No record is that short, so this can't come from damage to one; there is no room for a mark.
+            return Ok(());
+        }
+        let mut gap = record::gap(from.0, len, segment.header.identity);
+        if len == 0 {
+            gap.extend(TERMINATOR);
+        }
+        file.write_all_at(&gap, finding.offset)?;
+        file.sync_all()
+    }
+}
+
+/// How many of the finding's bytes are more than untouched zeros.
+fn written_len(file: &File, finding: &Finding) -> io::Result<u64> {
+    let mut bytes = vec![0; usize::try_from(finding.bytes).map_err(io::Error::other)?];
+    file.read_exact_at(&mut bytes, finding.offset)?;
+    Ok(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1))
+}
+
+/// Copies the first `len` bytes of a finding to the quarantine, durably.
+fn keep(finding: &Finding, len: u64, quarantine: &Path) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    fs::create_dir_all(quarantine)?;
+    let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+    File::open(&finding.file)?.read_exact_at(&mut bytes, finding.offset)?;
+    let stem = finding.file.file_stem().unwrap_or_default().to_string_lossy();
+    let mut copy = File::create(quarantine.join(format!("{stem}-{}-{}.bin", finding.offset, finding.kind.as_str())))?;
+    copy.write_all(&bytes)?;
+    copy.sync_all()?;
+    segment::sync_dir(quarantine)
+}

@@ -1,0 +1,255 @@
+//! Space: a thread that keeps the next segment ready and gives up segments that nobody needs.
+//!
+//! A segment is needed while it is written to, or while a reader holds a position in it. Others are kept for
+//! `retention`, but given up before, the oldest first, when `max_disk` or `min_free_disk` asks for it. A segment that is
+//! given up becomes the next spare file where one is wanted: it has all its blocks already.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use bytesize::ByteSize;
+
+use super::recovery::SPARE;
+use super::{Segment, Shared, lock, segment};
+
+/// How often free space and retention are looked at.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// A segment with less than this part of it left counts as used up.
+const NEARLY_USED_UP: u64 = 64;
+
+/// A file that is ready to become the next segment.
+#[derive(Debug)]
+pub(super) struct Spare {
+    pub(super) file: File,
+    pub(super) path: PathBuf,
+    pub(super) size: u64,
+}
+
+/// Where the space keeper leaves the spare file and the writer takes it.
+pub(super) struct Slot {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    spare: Option<Spare>,
+    /// Bytes of a spare that was taken and is not yet among the segments.
+    taken: u64,
+    /// Why there is none, if it was tried.
+    refused: Option<Arc<str>>,
+    closed: bool,
+}
+
+impl Slot {
+    pub(super) fn new(spare: Option<Spare>) -> Self {
+        Self { state: Mutex::new(State { spare, ..State::default() }), changed: Condvar::new() }
+    }
+
+    /// Takes the spare file; waits while one is being made.
+    ///
+    /// # Errors
+    ///
+    /// Why there is none.
+    pub(super) fn take(&self) -> Result<Spare, Arc<str>> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(spare) = state.spare.take() {
+                state.taken = spare.size;
+                self.changed.notify_all();
+                return Ok(spare);
+            }
+            if let Some(reason) = &state.refused {
+                return Err(Arc::clone(reason));
+            }
+            if state.closed {
+                return Err("closing".into());
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Says that the file taken last is now among the segments.
+    pub(super) fn used(&self) {
+        lock(&self.state).taken = 0;
+    }
+
+    /// How many bytes the spare takes, and the one on its way.
+    pub(super) fn bytes(&self) -> u64 {
+        let state = lock(&self.state);
+        state.taken + state.spare.as_ref().map_or(0, |spare| spare.size)
+    }
+
+    pub(super) fn close(&self) {
+        lock(&self.state).closed = true;
+        self.changed.notify_all();
+    }
+
+    fn is_wanted(&self) -> bool {
+        lock(&self.state).spare.is_none()
+    }
+
+    fn put(&self, spare: Result<Spare, Arc<str>>) {
+        let mut state = lock(&self.state);
+        match spare {
+            Ok(spare) => (state.spare, state.refused) = (Some(spare), None),
+            Err(reason) => state.refused = Some(reason),
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until the spare is taken, the slot is closed, or `INTERVAL` is over; says whether to go on.
+    fn wait(&self) -> bool {
+        let state = lock(&self.state);
+        let idle = |state: &mut State| !state.closed && (state.spare.is_some() || state.refused.is_some());
+        let waited = self.changed.wait_timeout_while(state, INTERVAL, idle);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !state.closed
+    }
+}
+
+/// The thread that looks after space.
+pub(super) struct Keeper {
+    shared: Arc<Shared>,
+    made: u64,
+}
+
+impl Keeper {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, made: 0 }
+    }
+
+    /// Runs until the slot is closed.
+    pub(super) fn run(mut self) {
+        loop {
+            if let Err(error) = self.look() {
+                self.shared.fail(&error);
+                self.shared.spare.put(Err("the journal has failed".into()));
+                return;
+            }
+            if !self.shared.spare.wait() {
+                return;
+            }
+        }
+    }
+
+    /// One look: gives up what retention ended, makes the spare ready, and says whether there is room.
+    fn look(&mut self) -> io::Result<()> {
+        let retention = self.shared.config.retention;
+        while let Some(old) = self.take_unneeded(|sealed| sealed.elapsed().is_ok_and(|age| age >= retention)) {
+            self.give_up(&old)?;
+        }
+        let min_free = self.shared.config.min_free_disk.as_u64();
+        while free_disk(&self.shared.dir)? < min_free {
+            let Some(old) = self.take_unneeded(|_| true) else {
+                let reason = format!("less than {} of disk is free", ByteSize::b(min_free));
+                self.shared.set_full(Some(reason));
+                if self.shared.spare.is_wanted() {
+                    self.shared.spare.put(Err("the disk is full".into()));
+                }
+                return Ok(());
+            };
+            std::fs::remove_file(&old.path)?;
+        }
+        if self.shared.spare.is_wanted() {
+            let spare = self.make_spare()?;
+            self.shared.spare.put(spare);
+        }
+        let refused = lock(&self.shared.spare.state).refused.clone();
+        match refused {
+            // Until the active segment is used up there is room.
+            Some(_) if self.active_room() > self.shared.config.segment.as_u64() / NEARLY_USED_UP => {}
+            Some(reason) => self.shared.set_full(Some(reason.to_string())),
+            None => self.shared.set_full(None),
+        }
+        Ok(())
+    }
+
+    fn active_room(&self) -> u64 {
+        let segments = self.shared.segments();
+        segments.list.back().filter(|last| last.sealed.is_none()).map_or(0, |last| last.size - last.end)
+    }
+
+    /// A new spare file, or why there can be none now.
+    fn make_spare(&mut self) -> io::Result<Result<Spare, Arc<str>>> {
+        let path = self.spare_path();
+        let config = &self.shared.config;
+        let (size, max) = (config.segment.as_u64(), config.max_disk.as_u64());
+        let floor = config.min_free_disk.as_u64().saturating_add(size);
+        if self.shared.disk_bytes() + size <= max && free_disk(&self.shared.dir)? >= floor {
+            match segment::create_zeroed(&path, size) {
+                Ok(file) => return Ok(Ok(Spare { file, path, size })),
+                Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        while let Some(old) = self.take_unneeded(|_| true) {
+            if let Some(spare) = self.recycle(&old)? {
+                return Ok(Ok(spare));
+            }
+            std::fs::remove_file(&old.path)?;
+        }
+        Ok(Err("no segment can be given up, and max_disk or the disk has no room for another".into()))
+    }
+
+    /// Takes the oldest segment off the list if nobody needs it and `wanted` says so of the time it was sealed.
+    fn take_unneeded(&self, wanted: impl Fn(SystemTime) -> bool) -> Option<Segment> {
+        let mut segments = self.shared.segments();
+        let oldest = segments.list.front()?;
+        // What follows the oldest segment begins where it ends.
+        let end = segments.list.get(1)?.first;
+        let held = segments.holds.values().any(|hold| hold.0 < end);
+        let give_up = !held && oldest.sealed.is_some_and(wanted);
+        give_up.then(|| segments.list.pop_front())?
+    }
+
+    /// A name that no file has. One spare exists at a time, and one that the writer is renaming.
+    fn spare_path(&mut self) -> PathBuf {
+        loop {
+            self.made += 1;
+            let path = self.shared.dir.join(format!("{}.{SPARE}", self.made));
+            if !path.exists() {
+                return path;
+            }
+        }
+    }
+
+    fn give_up(&mut self, old: &Segment) -> io::Result<()> {
+        if self.shared.spare.is_wanted()
+            && let Some(spare) = self.recycle(old)?
+        {
+            self.shared.spare.put(Ok(spare));
+            return Ok(());
+        }
+        std::fs::remove_file(&old.path)
+    }
+
+    /// Makes a spare of a segment, if it has the right length.
+    fn recycle(&mut self, old: &Segment) -> io::Result<Option<Spare>> {
+        if old.size != self.shared.config.segment.as_u64() {
+            return Ok(None);
+        }
+        let path = self.spare_path();
+        std::fs::rename(&old.path, &path)?;
+        segment::sync_dir(&self.shared.dir)?;
+        Ok(Some(Spare { file: segment::open(&path)?, path, size: old.size }))
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.shared.fail(&io::Error::other("the space keeper panicked"));
+        }
+    }
+}
+
+/// Bytes that the file system has left for this process.
+fn free_disk(dir: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
