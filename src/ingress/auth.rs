@@ -1,0 +1,274 @@
+//! Who may send: named tokens, compared in constant time.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use http::{HeaderMap, HeaderName};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use sha2::{Digest as _, Sha256};
+use subtle::{Choice, ConditionallySelectable as _, ConstantTimeEq as _};
+
+/// Name of the file in the data directory with the token that was made up when none was configured.
+const GENERATED: &str = "ingress-token";
+
+/// The `ingress.auth` setting: `"none"`, or a table.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum AuthConfig {
+    /// Anyone may send. Has to be written out: `auth = "none"`.
+    #[serde(serialize_with = "serialize_none")]
+    None,
+    /// Whoever has one of the tokens.
+    Tokens {
+        /// The header that carries the token.
+        header: String,
+        /// The tokens; with none, one is made up on first start.
+        tokens: Vec<TokenConfig>,
+    },
+}
+
+/// A token and what it is called in metrics and rules.
+#[derive(Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenConfig {
+    /// Its name.
+    pub name: String,
+    /// The header's whole value.
+    #[serde(skip_serializing)]
+    pub value: String,
+}
+
+impl fmt::Debug for TokenConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenConfig").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Table {
+    header: String,
+    tokens: Vec<TokenConfig>,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self { header: "x-auth-token".to_owned(), tokens: Vec::new() }
+    }
+}
+
+impl Default for AuthConfig {
+    fn default() -> Self {
+        Table::default().into()
+    }
+}
+
+impl From<Table> for AuthConfig {
+    fn from(table: Table) -> Self {
+        Self::Tokens { header: table.header, tokens: table.tokens }
+    }
+}
+
+impl<'de> Deserialize<'de> for AuthConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NoneOrTable)
+    }
+}
+
+struct NoneOrTable;
+
+impl<'de> Visitor<'de> for NoneOrTable {
+    type Value = AuthConfig;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("\"none\", or a table with `header` and `tokens`")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<AuthConfig, E> {
+        match text {
+            "none" => Ok(AuthConfig::None),
+            _ => Err(E::invalid_value(serde::de::Unexpected::Other("another string"), &self)),
+        }
+    }
+
+    fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<AuthConfig, M::Error> {
+        Table::deserialize(MapAccessDeserializer::new(map)).map(AuthConfig::from).map_err(M::Error::custom)
+    }
+}
+
+fn serialize_none<S: serde::Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str("none")
+}
+
+/// The check of a request's token.
+pub struct Auth(Option<Tokens>);
+
+struct Tokens {
+    header: HeaderName,
+    known: Vec<(String, [u8; 32])>,
+}
+
+impl Auth {
+    /// Compiles the setting. With no token configured the one in `data_dir` is used, or made up and written there, and
+    /// its file's path is returned too.
+    ///
+    /// # Errors
+    ///
+    /// [`AuthError`]: the setting does not work, or the file can't be read or written.
+    pub fn new(config: &AuthConfig, data_dir: &Path) -> Result<(Self, Option<PathBuf>), AuthError> {
+        Self::check(config)?;
+        let AuthConfig::Tokens { header, tokens } = config else { return Ok((Self(None), None)) };
+        let header = HeaderName::try_from(header.as_str()).map_err(|_| AuthError::Header(header.clone()))?;
+        let mut known: Vec<_> = tokens.iter().map(|token| (token.name.clone(), digest(&token.value))).collect();
+        let mut generated = None;
+        if known.is_empty() {
+            let path = data_dir.join(GENERATED);
+            let token = generated_token(&path).map_err(|source| AuthError::File { path: path.clone(), source })?;
+            known.push(("generated".to_owned(), digest(&token)));
+            generated = Some(path);
+        }
+        Ok((Self(Some(Tokens { header, known })), generated))
+    }
+
+    /// What is wrong with the setting, without touching any file.
+    ///
+    /// # Errors
+    ///
+    /// [`AuthError`]: the setting does not work.
+    pub fn check(config: &AuthConfig) -> Result<(), AuthError> {
+        let AuthConfig::Tokens { header, tokens } = config else { return Ok(()) };
+        HeaderName::try_from(header.as_str()).map_err(|_| AuthError::Header(header.clone()))?;
+        for (index, token) in tokens.iter().enumerate() {
+            if token.name.is_empty() || tokens.iter().skip(index + 1).any(|other| other.name == token.name) {
+                return Err(AuthError::Name(token.name.clone()));
+            }
+            if token.value.trim().is_empty() {
+                return Err(AuthError::Empty(token.name.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The name of the token that the request carries; `None` if it carries none, or a wrong one. Takes the same time
+    /// whichever it is.
+    pub(super) fn token(&self, headers: &HeaderMap) -> Option<&str> {
+        let Some(tokens) = &self.0 else { return Some("none") };
+        let given = headers.get(&tokens.header).map(http::HeaderValue::as_bytes).unwrap_or_default();
+        let given: [u8; 32] = Sha256::digest(given).into();
+        let mut found = u64::MAX;
+        for (index, (_, digest)) in (0..).zip(&tokens.known) {
+            let equal: Choice = given.ct_eq(digest);
+            found.conditional_assign(&index, equal);
+        }
+        let (name, _) = tokens.known.get(usize::try_from(found).ok()?)?;
+        Some(name)
+    }
+
+    /// The header that a request must carry, if any.
+    pub(super) fn header(&self) -> Option<&HeaderName> {
+        self.0.as_ref().map(|tokens| &tokens.header)
+    }
+}
+
+fn digest(value: &str) -> [u8; 32] {
+    Sha256::digest(value.as_bytes()).into()
+}
+
+/// Reads the token file, or makes one with 256 random bits that only this user can read.
+fn generated_token(path: &Path) -> io::Result<String> {
+    match fs::read_to_string(path) {
+        Ok(token) if !token.trim().is_empty() => return Ok(token.trim().to_owned()),
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    let mut random = [0_u8; 32];
+    getrandom::fill(&mut random).map_err(io::Error::other)?;
+    let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    writeln!(file, "{token}")?;
+    file.sync_all()?;
+    Ok(token)
+}
+
+/// Why requests can't be authenticated.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthError {
+    /// Not a header.
+    #[error("ingress.auth.header is {0:?}, which is not a header name")]
+    Header(String),
+    /// A name twice, or none.
+    #[error("ingress.auth.tokens: the name {0:?} is empty or used twice")]
+    Name(String),
+    /// No value.
+    #[error("ingress.auth.tokens: the value of {0:?} is empty")]
+    Empty(String),
+    /// The token file.
+    #[error("{} can't be read or written", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn tokens(tokens: &[(&str, &str)]) -> AuthConfig {
+        let token = |(name, value): &(&str, &str)| TokenConfig { name: (*name).into(), value: (*value).into() };
+        AuthConfig::Tokens { header: "x-auth-token".into(), tokens: tokens.iter().map(token).collect() }
+    }
+
+    #[test]
+    fn each_token_is_known_by_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (auth, generated) = Auth::new(&tokens(&[("old", "one"), ("new", "two")]), dir.path()).unwrap();
+        assert_eq!(generated, None);
+        let check = |value: Option<&str>, expected| {
+            let headers = value.map(|v| ("x-auth-token".parse().unwrap(), HeaderValue::from_str(v).unwrap()));
+            assert_eq!(auth.token(&headers.into_iter().collect()), expected, "{value:?}");
+        };
+        check(Some("one"), Some("old"));
+        check(Some("two"), Some("new"));
+        check(Some("onf"), None);
+        check(Some("on"), None);
+        check(Some("one "), None);
+        check(Some(""), None);
+        check(None, None);
+    }
+
+    #[test]
+    fn a_token_is_made_up_once() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let (auth, path) = Auth::new(&AuthConfig::default(), dir.path()).unwrap();
+        let path = path.unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let token = fs::read_to_string(&path).unwrap();
+        assert_eq!(token.trim().len(), 64);
+        let headers = |value: &str| HeaderMap::from_iter([("x-auth-token".parse().unwrap(), value.parse().unwrap())]);
+        assert_eq!(auth.token(&headers(token.trim())), Some("generated"));
+        let (again, _) = Auth::new(&AuthConfig::default(), dir.path()).unwrap();
+        assert_eq!(again.token(&headers(token.trim())), Some("generated"));
+        assert_eq!(again.token(&headers("guess")), None);
+    }
+
+    #[test]
+    fn settings_that_do_not_work() {
+        let check = |config, message: &str| assert_eq!(Auth::check(&config).unwrap_err().to_string(), message);
+        check(tokens(&[("a", "1"), ("a", "2")]), "ingress.auth.tokens: the name \"a\" is empty or used twice");
+        check(tokens(&[("a", " ")]), "ingress.auth.tokens: the value of \"a\" is empty");
+        let header = AuthConfig::Tokens { header: "no header".into(), tokens: vec![] };
+        check(header, "ingress.auth.header is \"no header\", which is not a header name");
+    }
+}

@@ -1,0 +1,303 @@
+//! One connection: HTTP/1.1 or cleartext HTTP/2, with a limit on every time it may take.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper::server::conn::{http1, http2};
+use hyper::service::{HttpService, service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::debug;
+
+use super::Config;
+use super::handler::{Handler, REQUEST_TIMEOUT_RESPONSE};
+
+/// The most bytes that a request's line and headers may take.
+const MAX_HEADER_BYTES: usize = 32 << 10;
+/// The most headers that a request may have.
+const MAX_HEADERS: usize = 64;
+/// The most requests that one HTTP/2 connection may have open.
+const MAX_STREAMS: u32 = 256;
+/// How an HTTP/2 connection begins. No HTTP/1 request does.
+const HTTP2_PREFACE: &[u8; 4] = b"PRI ";
+/// How often a connection is looked at that has sent less than a preface's beginning.
+const PEEK_PAUSE: Duration = Duration::from_millis(5);
+
+/// How long a connection may take for what.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    header_timeout: Duration,
+    idle_timeout: Duration,
+}
+
+impl Limits {
+    pub(super) fn new(config: &Config) -> Self {
+        Self { header_timeout: config.header_timeout, idle_timeout: config.idle_timeout }
+    }
+}
+
+/// Serves a connection until it ends, takes too long, or `stop` says that it has to end after the request at hand.
+pub(super) async fn serve(stream: TcpStream, handler: Arc<Handler>, limits: Limits, mut stop: watch::Receiver<bool>) {
+    // Answers are small and complete: waiting to fill a packet only delays them.
+    if let Err(error) = stream.set_nodelay(true) {
+        debug!(%error, "no TCP_NODELAY");
+    }
+    let is_http2 = tokio::select! {
+        begun = timeout(limits.header_timeout, is_http2(&stream)) => begun,
+        () = told(&mut stop) => return,
+    };
+    let result = match is_http2 {
+        Ok(Ok(true)) => serve_http2(stream, handler, limits, stop).await,
+        Ok(Ok(false)) => serve_http1(stream, handler, limits, stop).await,
+        // Closed or silent: there is no request to answer.
+        Ok(Err(_)) | Err(_) => return,
+    };
+    if let Err(error) = result {
+        debug!(%error, "connection ended");
+    }
+}
+
+/// Whether the client begins with HTTP/2's preface. Takes nothing off the stream.
+async fn is_http2(stream: &TcpStream) -> io::Result<bool> {
+    let mut begin = [0; HTTP2_PREFACE.len()];
+    loop {
+        let len = stream.peek(&mut begin).await?;
+        let seen = begin.get(..len).unwrap_or_default();
+        match len {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            _ if !HTTP2_PREFACE.starts_with(seen) => return Ok(false),
+            _ if len == HTTP2_PREFACE.len() => return Ok(true),
+            // The first bytes of either; readiness will not tell when more come.
+            _ => sleep(PEEK_PAUSE).await,
+        }
+    }
+}
+
+async fn serve_http1(
+    stream: TcpStream,
+    handler: Arc<Handler>,
+    limits: Limits,
+    mut stop: watch::Receiver<bool>,
+) -> hyper::Result<()> {
+    let activity = Arc::new(Activity::new(true));
+    let io = Watched { io: TokioIo::new(stream), activity: Arc::clone(&activity) };
+    let mut connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .max_headers(MAX_HEADERS)
+        .pipeline_flush(true)
+        .serve_connection(io, service(handler, activity.clone()));
+    let mut timer = pin!(sleep(limits.header_timeout));
+    let mut stopping = false;
+    loop {
+        tokio::select! {
+            result = &mut connection => return result,
+            () = &mut timer => match activity.expired(limits) {
+                Expired::Not(at) => timer.as_mut().reset(at),
+                Expired::Idle => return Ok(()),
+                Expired::Headers => {
+                    let mut stream = connection.into_parts().io.io.into_inner();
+                    // The client may be gone; then nobody is there to be told.
+                    drop(stream.write_all(REQUEST_TIMEOUT_RESPONSE).await);
+                    return Ok(());
+                }
+            },
+            () = told(&mut stop), if !stopping => {
+                stopping = true;
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Returns when it is time to stop.
+async fn told(stop: &mut watch::Receiver<bool>) {
+    drop(stop.wait_for(|stop| *stop).await);
+}
+
+/// The handler, with the activity noted around it.
+fn service(
+    handler: Arc<Handler>,
+    activity: Arc<Activity>,
+) -> impl HttpService<Incoming, ResBody = Full<Bytes>, Error = Infallible, Future: Send> {
+    service_fn(move |request| {
+        let busy = activity.begin();
+        let handler = Arc::clone(&handler);
+        async move {
+            let response = handler.handle(request).await;
+            drop(busy);
+            Ok(response)
+        }
+    })
+}
+
+async fn serve_http2(
+    stream: TcpStream,
+    handler: Arc<Handler>,
+    limits: Limits,
+    mut stop: watch::Receiver<bool>,
+) -> hyper::Result<()> {
+    let activity = Arc::new(Activity::new(false));
+    let io = Watched { io: TokioIo::new(stream), activity: Arc::clone(&activity) };
+    let mut connection = pin!(
+        http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).unwrap_or(u32::MAX))
+            .serve_connection(io, service(handler, activity.clone()))
+    );
+    let mut timer = pin!(sleep(limits.idle_timeout));
+    let mut stopping = false;
+    loop {
+        tokio::select! {
+            result = &mut connection => return result,
+            () = &mut timer => match activity.expired(limits) {
+                Expired::Not(at) => timer.as_mut().reset(at),
+                Expired::Idle | Expired::Headers => {
+                    connection.as_mut().graceful_shutdown();
+                    // What does not end then is dropped.
+                    return timeout(limits.header_timeout, connection).await.unwrap_or(Ok(()));
+                }
+            },
+            () = told(&mut stop), if !stopping => {
+                stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// What a connection is doing, and since when.
+struct Activity {
+    started: Instant,
+    /// Milliseconds after `started`.
+    since: AtomicU64,
+    /// Whether bytes of a request have come whose headers are not complete.
+    reading: AtomicBool,
+    /// How many requests are being answered.
+    busy: AtomicU32,
+    is_http1: bool,
+}
+
+/// Whether a connection has taken too long, and for what.
+enum Expired {
+    Not(Instant),
+    Headers,
+    Idle,
+}
+
+impl Activity {
+    fn new(is_http1: bool) -> Self {
+        Self {
+            started: Instant::now(),
+            since: AtomicU64::new(0),
+            reading: AtomicBool::new(false),
+            busy: AtomicU32::new(0),
+            is_http1,
+        }
+    }
+
+    fn touch(&self) {
+        let millis = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.since.store(millis, Ordering::Relaxed);
+    }
+
+    /// Bytes have come.
+    fn read(&self) {
+        let begins = self.busy.load(Ordering::Relaxed) == 0 && !self.reading.load(Ordering::Relaxed);
+        if begins || !self.is_http1 {
+            self.touch();
+        }
+        if begins && self.is_http1 {
+            self.reading.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// A request's headers are complete. It is being answered until the result is dropped, also if that is because the
+    /// client went away.
+    fn begin(self: &Arc<Self>) -> Busy {
+        self.reading.store(false, Ordering::Relaxed);
+        self.busy.fetch_add(1, Ordering::Relaxed);
+        Busy(Arc::clone(self))
+    }
+
+    fn expired(&self, limits: Limits) -> Expired {
+        let since = self.started + Duration::from_millis(self.since.load(Ordering::Relaxed));
+        let reading = self.reading.load(Ordering::Relaxed);
+        let limit = if reading { limits.header_timeout } else { limits.idle_timeout };
+        let now = Instant::now();
+        if self.busy.load(Ordering::Relaxed) > 0 {
+            // Answering is limited elsewhere. A request may begin right after.
+            return Expired::Not(now + limits.header_timeout / 2);
+        }
+        if now >= since + limit {
+            return if reading { Expired::Headers } else { Expired::Idle };
+        }
+        // The next request may begin at any time, and has only `header_timeout` then.
+        Expired::Not((since + limit).min(now + limits.header_timeout / 2))
+    }
+}
+
+struct Busy(Arc<Activity>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+        self.0.touch();
+    }
+}
+
+/// A stream whose reads are noted.
+struct Watched {
+    io: TokioIo<TcpStream>,
+    activity: Arc<Activity>,
+}
+
+impl Read for Watched {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.io).poll_read(cx, buf);
+        if let Poll::Ready(Ok(())) = result {
+            self.activity.read();
+        }
+        result
+    }
+}
+
+impl Write for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+}

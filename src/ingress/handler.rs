@@ -1,0 +1,274 @@
+//! The one handler: from a request to an answer.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Body as _, Incoming};
+use serde_json::json;
+use tokio::time::timeout;
+
+use super::auth::Auth;
+use super::Config;
+use crate::event::{self, BodyError, EventId};
+use crate::journal::{AppendError, Appender};
+
+/// What is written to an HTTP/1.1 connection whose request's headers have taken too long.
+pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
+    content-type: application/problem+json\r\ncontent-length: 134\r\nconnection: close\r\n\r\n\
+    {\"type\":\"about:blank\",\"title\":\"Request Timeout\",\"status\":408,\"detail\":\"the headers took too long; send the whole request without pause\"}";
+
+/// After a refusal this many times `max_body` are still read and thrown away, so that the sender gets to read the answer.
+const DRAIN: u64 = 16;
+
+/// Answers requests on one core.
+pub(super) struct Handler {
+    path: String,
+    max_body: u64,
+    body_timeout: Duration,
+    auth: Arc<Auth>,
+    appender: Appender,
+}
+
+impl Handler {
+    pub(super) fn new(config: &Config, auth: Arc<Auth>, appender: Appender) -> Self {
+        let max_body = config.max_body.as_u64();
+        Self { path: config.path.clone(), max_body, body_timeout: config.body_timeout, auth, appender }
+    }
+
+    pub(super) fn appender(&self) -> &Appender {
+        &self.appender
+    }
+
+    /// Answers a request. May be dropped at any time: events that were handed to the journal are stored nevertheless.
+    pub(super) async fn handle(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let version = request.version();
+        match self.accept(request).await {
+            Ok(ids) => accepted(&ids),
+            Err(refusal) => refusal.into_response(self, version),
+        }
+    }
+
+    async fn accept(&self, request: Request<Incoming>) -> Result<Vec<EventId>, Refusal> {
+        let (head, mut body) = request.into_parts();
+        let token = match self.check(&head) {
+            Ok(token) => token,
+            Err(refusal) => {
+                self.drain(body, &head.headers);
+                return Err(refusal);
+            }
+        };
+        let content = match timeout(self.body_timeout, read(&mut body, self.max_body)).await {
+            Ok(Ok(content)) => content,
+            Ok(Err(refusal)) => {
+                self.drain(body, &head.headers);
+                return Err(refusal);
+            }
+            Err(_) => return Err(Refusal::BodyTimeout),
+        };
+        let received_at = SystemTime::now();
+        let events = event::parse(&content)?;
+        let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
+        let ids: Vec<_> = events.iter().map(event::Parsed::id).collect();
+        let append = self.appender.append(|entries| {
+            for (event, id) in events.iter().zip(&ids) {
+                entries.entry(|out| event.encode(*id, received_at, token, traceparent, out));
+            }
+        });
+        append?.await?;
+        Ok(ids)
+    }
+
+    /// What can be said before the body is read; the name of the sender's token.
+    fn check(&self, head: &http::request::Parts) -> Result<&str, Refusal> {
+        if head.uri.path() != self.path {
+            return Err(Refusal::NotFound);
+        }
+        if head.method != Method::POST {
+            return Err(Refusal::MethodNotAllowed);
+        }
+        let token = self.auth.token(&head.headers).ok_or(Refusal::Unauthorized)?;
+        let length = head.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+        match length {
+            Some(length) if length > self.max_body => Err(Refusal::TooLarge),
+            Some(_) | None => Ok(token),
+        }
+    }
+
+    /// Reads the rest of a refused body, within limits: a connection that is closed with unread bytes on it is reset, and
+    /// the sender may never see the answer.
+    fn drain(&self, mut body: Incoming, headers: &HeaderMap) {
+        // Whoever waits to be told to go on sends nothing after a refusal.
+        if body.is_end_stream() || headers.contains_key(EXPECT) {
+            return;
+        }
+        let (limit, time) = (self.max_body.saturating_mul(DRAIN), self.body_timeout);
+        tokio::spawn(timeout(time, async move {
+            let mut read = 0;
+            while let Some(Ok(frame)) = body.frame().await
+                && read <= limit
+            {
+                read += frame.data_ref().map_or(0, |data| data.len() as u64);
+            }
+        }));
+    }
+}
+
+/// Reads a whole body of at most `max` bytes.
+async fn read(body: &mut Incoming, max: u64) -> Result<Bytes, Refusal> {
+    let mut first = Bytes::new();
+    let mut whole = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(|_| Refusal::Aborted)?.into_data() else { continue };
+        if (first.len() + whole.len() + data.len()) as u64 > max {
+            return Err(Refusal::TooLarge);
+        }
+        if first.is_empty() && whole.is_empty() {
+            // Most bodies come in one piece, which needs no copy.
+            first = data;
+        } else {
+            whole.extend_from_slice(&std::mem::take(&mut first));
+            whole.extend_from_slice(&data);
+        }
+    }
+    Ok(if whole.is_empty() { first } else { whole.freeze() })
+}
+
+fn accepted(ids: &[EventId]) -> Response<Full<Bytes>> {
+    let mut body = String::with_capacity(10 + ids.len() * (EventId::LEN + 3));
+    body.push_str("{\"ids\":[");
+    for (index, id) in ids.iter().enumerate() {
+        let comma = if index == 0 { "" } else { "," };
+        // Writing to a string does not fail.
+        drop(write!(body, "{comma}\"{id}\""));
+    }
+    body.push_str("]}");
+    let mut response = Response::new(Full::from(body));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Why a request is not accepted.
+#[derive(Debug)]
+enum Refusal {
+    NotFound,
+    MethodNotAllowed,
+    Unauthorized,
+    TooLarge,
+    BodyTimeout,
+    /// The sender went away, or broke the protocol.
+    Aborted,
+    Body(BodyError),
+    Journal(AppendError),
+}
+
+impl From<BodyError> for Refusal {
+    fn from(error: BodyError) -> Self {
+        Self::Body(error)
+    }
+}
+
+impl From<AppendError> for Refusal {
+    fn from(error: AppendError) -> Self {
+        Self::Journal(error)
+    }
+}
+
+impl Refusal {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::NotFound => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::TooLarge | Self::Journal(AppendError::TooLarge { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::Aborted | Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::Journal(AppendError::Full(_) | AppendError::Busy | AppendError::Failed | AppendError::Closed) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+        }
+    }
+
+    /// What happened and what to do about it.
+    fn detail(&self, handler: &Handler) -> String {
+        match self {
+            Self::NotFound => format!("webhooks are taken at {}", handler.path),
+            Self::MethodNotAllowed => "use POST".to_owned(),
+            Self::Unauthorized => match handler.auth.header() {
+                Some(header) => format!("send the header {header} with the token that this relay is configured with"),
+                None => "not authorized".to_owned(),
+            },
+            Self::TooLarge => {
+                format!("the body may have at most {} bytes (ingress.max_body); send fewer events at once", handler.max_body)
+            }
+            Self::BodyTimeout => format!(
+                "the body did not come within {} (ingress.body_timeout)",
+                humantime::format_duration(handler.body_timeout)
+            ),
+            Self::Aborted => "the body ended early".to_owned(),
+            Self::Body(error) => error.to_string(),
+            Self::Journal(AppendError::TooLarge { .. }) => {
+                "the events do not fit into one journal segment; send fewer at once".to_owned()
+            }
+            Self::Journal(AppendError::Full(_) | AppendError::Busy) => {
+                "there is no room for the event at present; it was not stored, send it again later".to_owned()
+            }
+            Self::Journal(AppendError::Failed | AppendError::Closed) => {
+                "the relay is going down; the event was not stored, send it again".to_owned()
+            }
+        }
+    }
+
+    /// After how many seconds to try again.
+    fn retry_after(&self) -> Option<&'static str> {
+        match self {
+            Self::Journal(AppendError::Full(_)) => Some("5"),
+            Self::Journal(AppendError::Busy | AppendError::Closed | AppendError::Failed) => Some("1"),
+            _ => None,
+        }
+    }
+
+    /// The answer as RFC 9457 has it.
+    fn into_response(self, handler: &Handler, version: Version) -> Response<Full<Bytes>> {
+        let status = self.status();
+        let problem = json!({
+            "type": "about:blank",
+            "title": status.canonical_reason(),
+            "status": status.as_u16(),
+            "detail": self.detail(handler),
+        });
+        let mut response = Response::new(Full::from(problem.to_string()));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if let Some(seconds) = self.retry_after() {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static(seconds));
+        }
+        match self {
+            Self::MethodNotAllowed => drop(headers.insert(ALLOW, HeaderValue::from_static("POST"))),
+            Self::Unauthorized => drop(headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("ApiKey"))),
+            Self::BodyTimeout if version < Version::HTTP_2 => {
+                drop(headers.insert(CONNECTION, HeaderValue::from_static("close")));
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ready_made_answer_is_what_it_says() {
+        let text = std::str::from_utf8(REQUEST_TIMEOUT_RESPONSE).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{}", body.len());
+        assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["status"], 408);
+    }
+}

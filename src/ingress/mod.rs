@@ -1,0 +1,251 @@
+//! The ingress: the HTTP server that takes webhooks.
+//!
+//! One acceptor hands each connection to the core with the fewest; each core is a thread with a runtime of its own and
+//! a batch of the journal, which it submits whenever it is about to park. A request is answered 200 only when all of its
+//! events are durable.
+//!
+//! Every connection is limited in time and size, and holds nothing but itself: see [`Config`]. The ingress knows the
+//! journal's way in, and nothing of sinks.
+
+mod auth;
+mod connection;
+mod handler;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tracing::warn;
+
+pub use auth::{Auth, AuthConfig, AuthError, TokenConfig};
+
+use crate::journal::{Appender, Journal};
+use connection::Limits;
+use handler::Handler;
+
+/// How many accepted connections may wait for a core to take them.
+const HANDOVER: usize = 128;
+/// How long accepting pauses when the system has no more descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The `[ingress]` settings.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// The path of the webhook.
+    pub path: String,
+    /// The longest body, in bytes; from 1 KiB to 64 MiB.
+    pub max_body: ByteSize,
+    /// The most connections at once; further ones wait in the kernel.
+    pub max_connections: usize,
+    /// How long a request's headers may take.
+    #[serde(with = "humantime_serde")]
+    pub header_timeout: Duration,
+    /// How long a request's body may take after its headers.
+    #[serde(with = "humantime_serde")]
+    pub body_timeout: Duration,
+    /// How long a connection may stay without a request.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// Who may send.
+    pub auth: AuthConfig,
+    /// TLS for the listener.
+    pub tls: Option<TlsConfig>,
+}
+
+/// Certificate and key of the listener.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// PEM file with the certificate chain.
+    pub cert: PathBuf,
+    /// PEM file with the private key.
+    pub key: PathBuf,
+    /// PEM file with the authorities that clients' certificates must come from.
+    pub client_ca: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 8080)),
+            path: "/webhooks/engage".to_owned(),
+            max_body: ByteSize::kib(256),
+            max_connections: 10_000,
+            header_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(75),
+            auth: AuthConfig::default(),
+            tls: None,
+        }
+    }
+}
+
+impl Config {
+    /// What is wrong with the settings, if anything.
+    pub fn problem(&self) -> Option<String> {
+        if !self.path.starts_with('/') || self.path.contains(['?', '#', ' ']) {
+            return Some(format!("ingress.path is {:?}; it must begin with / and have no ?, # or space", self.path));
+        }
+        if !(ByteSize::kib(1)..=ByteSize::mib(64)).contains(&self.max_body) {
+            return Some(format!("ingress.max_body is {}; it must be from 1 KiB to 64 MiB", self.max_body));
+        }
+        let times = [
+            ("header_timeout", self.header_timeout),
+            ("body_timeout", self.body_timeout),
+            ("idle_timeout", self.idle_timeout),
+        ];
+        if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
+            return Some(format!("ingress.{name} is 0; give a time such as \"10s\""));
+        }
+        if self.max_connections == 0 {
+            return Some("ingress.max_connections is 0; it must be at least 1".to_owned());
+        }
+        self.tls.as_ref().map(|_| "ingress.tls is not available yet; end TLS at the load balancer".to_owned())
+    }
+}
+
+/// A running ingress: its cores wait for connections.
+pub struct Ingress {
+    cores: Vec<Core>,
+    permits: Arc<Semaphore>,
+    stop: watch::Sender<bool>,
+}
+
+struct Core {
+    connections: mpsc::Sender<Connection>,
+    load: Arc<AtomicUsize>,
+    thread: JoinHandle<()>,
+}
+
+/// An accepted connection on its way to a core.
+struct Connection {
+    stream: StdStream,
+    _permit: OwnedSemaphorePermit,
+    _load: Load,
+}
+
+/// Counts a connection among its core's for as long as it lives.
+struct Load(Arc<AtomicUsize>);
+
+impl Load {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Ingress {
+    /// Starts a thread per core.
+    ///
+    /// # Errors
+    ///
+    /// Any error of starting threads or their runtimes.
+    pub fn start(config: &Config, auth: Auth, journal: &Journal, cores: usize) -> io::Result<Self> {
+        let stop = watch::Sender::new(false);
+        let auth = Arc::new(auth);
+        let start_core = |index| {
+            let handler = Handler::new(config, Arc::clone(&auth), journal.appender());
+            Core::start(index, handler, Limits::new(config), stop.subscribe())
+        };
+        let cores = (0..cores.max(1)).map(start_core).collect::<io::Result<_>>()?;
+        Ok(Self { cores, permits: Arc::new(Semaphore::new(config.max_connections)), stop })
+    }
+
+    /// Accepts connections until dropped. Runs for ever.
+    ///
+    /// # Errors
+    ///
+    /// The listener can't be used.
+    pub async fn accept(&self, listener: StdListener) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
+        loop {
+            let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return Ok(()) };
+            match listener.accept().await.and_then(|(stream, _)| stream.into_std()) {
+                Ok(stream) => self.hand_over(stream, permit).await,
+                Err(error) => {
+                    warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn hand_over(&self, stream: StdStream, permit: OwnedSemaphorePermit) {
+        let fewest = self.cores.iter().min_by_key(|core| core.load.load(Ordering::Relaxed));
+        if let Some(core) = fewest {
+            let connection = Connection { stream, _permit: permit, _load: Load::new(&core.load) };
+            // A core ends only after this: its queue is closed by `stop`.
+            drop(core.connections.send(connection).await);
+        }
+    }
+
+    /// Ends idle connections, lets the others finish the request they are at, and returns when all are closed.
+    pub async fn stop(self) {
+        self.stop.send_replace(true);
+        let threads: Vec<_> = self.cores.into_iter().map(|core| core.thread).collect();
+        let joined = tokio::task::spawn_blocking(|| threads.into_iter().for_each(|thread| drop(thread.join())));
+        // A panic in there has been reported by its thread.
+        drop(joined.await);
+    }
+}
+
+impl Core {
+    fn start(index: usize, handler: Handler, limits: Limits, stop: watch::Receiver<bool>) -> io::Result<Self> {
+        let (connections, queue) = mpsc::channel(HANDOVER);
+        let appender = handler.appender().clone();
+        let submit = appender.clone();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .on_thread_park(move || submit.submit())
+            .build()?;
+        let run = move || runtime.block_on(serve(queue, Arc::new(handler), limits, appender, stop));
+        let thread = std::thread::Builder::new().name(format!("ingress-{index}")).spawn(run)?;
+        Ok(Self { connections, load: Arc::default(), thread })
+    }
+}
+
+/// Serves connections until there are no more to come and all have ended.
+async fn serve(
+    mut queue: mpsc::Receiver<Connection>,
+    handler: Arc<Handler>,
+    limits: Limits,
+    appender: Appender,
+    stop: watch::Receiver<bool>,
+) {
+    let courier = tokio::spawn(appender.courier());
+    // Each connection holds a sender; the channel closes when the last has ended.
+    let (open, mut all_closed) = mpsc::channel::<()>(1);
+    while let Some(connection) = queue.recv().await {
+        let (handler, stop, open) = (Arc::clone(&handler), stop.clone(), open.clone());
+        tokio::spawn(async move {
+            let Connection { stream, _permit, _load } = connection;
+            match TcpStream::from_std(stream) {
+                Ok(stream) => connection::serve(stream, handler, limits, stop).await,
+                Err(error) => warn!(%error, "a connection could not be taken"),
+            }
+            drop(open);
+        });
+    }
+    drop(open);
+    // Nothing is sent: this is the channel's end.
+    drop(all_closed.recv().await);
+    courier.abort();
+}

@@ -1,0 +1,117 @@
+//! The breaker: whether a sink is worth trying. Pure: the caller brings the time.
+
+use std::time::{Duration, Instant};
+
+/// When the breaker opens, and how often it probes then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BreakerConfig {
+    /// After this many failed attempts without a success in between it opens; at least 1.
+    pub failures: u32,
+    /// How often one delivery is tried while it is open.
+    pub probe: Duration,
+}
+
+/// Counts failures; open, it lets one attempt through at a time.
+#[derive(Debug)]
+pub(super) struct Breaker {
+    config: BreakerConfig,
+    state: State,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Closed { failures: u32 },
+    Open { probe_at: Instant },
+    Probing,
+}
+
+/// What an attempt's end changed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    None,
+    Opened,
+    Closed,
+}
+
+impl Breaker {
+    pub(super) fn new(config: BreakerConfig) -> Self {
+        Self { config, state: State::Closed { failures: 0 } }
+    }
+
+    /// Whether the lane reads on.
+    pub(super) fn is_closed(&self) -> bool {
+        matches!(self.state, State::Closed { .. })
+    }
+
+    /// When the next probe is due, if the breaker is open and none is under way.
+    pub(super) fn probe_at(&self) -> Option<Instant> {
+        match self.state {
+            State::Open { probe_at } => Some(probe_at),
+            State::Closed { .. } | State::Probing => None,
+        }
+    }
+
+    /// Begins a probe if one is due.
+    pub(super) fn begin_probe(&mut self, now: Instant) -> bool {
+        let due = self.probe_at().is_some_and(|at| at <= now);
+        if due {
+            self.state = State::Probing;
+        }
+        due
+    }
+
+    /// An attempt reached the sink: it was delivered, or rejected.
+    pub(super) fn succeeded(&mut self) -> Change {
+        match std::mem::replace(&mut self.state, State::Closed { failures: 0 }) {
+            State::Closed { .. } => Change::None,
+            State::Open { .. } | State::Probing => Change::Closed,
+        }
+    }
+
+    /// An attempt failed.
+    pub(super) fn failed(&mut self, now: Instant) -> Change {
+        match self.state {
+            State::Closed { failures } if failures + 1 < self.config.failures => {
+                self.state = State::Closed { failures: failures + 1 };
+                Change::None
+            }
+            State::Closed { .. } => {
+                self.state = State::Open { probe_at: now + self.config.probe };
+                Change::Opened
+            }
+            State::Probing => {
+                self.state = State::Open { probe_at: now + self.config.probe };
+                Change::None
+            }
+            // One that was under way when the breaker opened.
+            State::Open { .. } => Change::None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn opens_probes_and_closes() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let mut breaker = Breaker::new(BreakerConfig { failures: 3, probe: 10 * second });
+        assert_eq!([breaker.failed(start), breaker.failed(start)], [Change::None, Change::None]);
+        assert_eq!(breaker.succeeded(), Change::None);
+        assert_eq!([breaker.failed(start), breaker.failed(start)], [Change::None, Change::None]);
+        assert!(breaker.is_closed() && !breaker.begin_probe(start));
+        assert_eq!(breaker.failed(start), Change::Opened);
+        assert!(!breaker.is_closed());
+        assert_eq!(breaker.failed(start + second), Change::None, "late failures do not put the probe off");
+        assert_eq!(breaker.probe_at(), Some(start + 10 * second));
+        assert!(!breaker.begin_probe(start + 9 * second));
+        assert!(breaker.begin_probe(start + 10 * second));
+        assert!(!breaker.begin_probe(start + 99 * second), "one at a time");
+        assert_eq!(breaker.failed(start + 12 * second), Change::None);
+        assert_eq!(breaker.probe_at(), Some(start + 22 * second));
+        assert!(breaker.begin_probe(start + 22 * second));
+        assert_eq!(breaker.succeeded(), Change::Closed);
+        assert!(breaker.is_closed());
+    }
+}

@@ -1,0 +1,83 @@
+//! Order by key: of the deliveries with one key, one is under way at a time, and the others wait in line.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::hash::{BuildHasher as _, RandomState};
+
+/// What a delivery is ordered by: a hash of the key's value. Two keys with one hash are ordered needlessly, no more.
+pub(super) type Key = u64;
+
+/// The keys that are under way, each with the deliveries that wait for it.
+pub(super) struct Order<T> {
+    busy: HashMap<Key, VecDeque<T>>,
+    hasher: RandomState,
+    waiting: usize,
+}
+
+impl<T> Order<T> {
+    pub(super) fn new() -> Self {
+        Self { busy: HashMap::new(), hasher: RandomState::new(), waiting: 0 }
+    }
+
+    /// The key of a value.
+    pub(super) fn key(&self, value: &str) -> Key {
+        self.hasher.hash_one(value)
+    }
+
+    /// Takes a delivery, and gives it back if it may go now. Without a key it always may.
+    pub(super) fn admit(&mut self, key: Option<Key>, delivery: T) -> Option<T> {
+        let Some(key) = key else { return Some(delivery) };
+        if let Some(line) = self.busy.get_mut(&key) {
+            line.push_back(delivery);
+            self.waiting += 1;
+            return None;
+        }
+        self.busy.insert(key, VecDeque::new());
+        Some(delivery)
+    }
+
+    /// The key's delivery is settled: the next that may go.
+    pub(super) fn settle(&mut self, key: Option<Key>) -> Option<T> {
+        let key = key?;
+        let next = self.busy.get_mut(&key)?.pop_front();
+        match next {
+            Some(_) => self.waiting -= 1,
+            None => drop(self.busy.remove(&key)),
+        }
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever the order in which deliveries settle, each key's go one at a time and in order, and all go.
+        #[test]
+        fn each_key_goes_in_order(keys in prop::collection::vec(prop::option::of(0_u64..5), 0..60), picks in prop::collection::vec(any::<prop::sample::Index>(), 0..200)) {
+            let mut order = Order::new();
+            let total = keys.len();
+            let mut under_way: Vec<(Option<Key>, usize)> =
+                keys.into_iter().enumerate().filter_map(|(number, key)| order.admit(key, (key, number))).collect();
+            let mut last = HashMap::new();
+            let mut settled = 0;
+            let mut picks = picks.into_iter();
+            while !under_way.is_empty() {
+                let pick = picks.next().map_or(0, |pick| pick.index(under_way.len()));
+                let (key, number) = under_way.swap_remove(pick);
+                prop_assert!(key.is_none() || !under_way.iter().any(|(other, _)| *other == key), "two of one key");
+                if let Some(key) = key {
+                    prop_assert!(last.insert(key, number).is_none_or(|before| before < number), "out of order");
+                }
+                settled += 1;
+                under_way.extend(order.settle(key));
+            }
+            prop_assert_eq!(settled, total);
+            prop_assert!(order.busy.is_empty());
+            prop_assert_eq!(order.waiting, 0);
+        }
+    }
+}
