@@ -1,5 +1,6 @@
 //! engage-relay
 pub mod document;
 pub mod event;
+pub mod pointer;
 pub mod sink;
 pub mod template;
