@@ -98,6 +98,22 @@ impl Event {
         self.text(self.body.clone()).unwrap_or_default()
     }
 
+    /// The record that the event was decoded from.
+    pub fn record(&self) -> Bytes {
+        self.record.clone()
+    }
+
+    /// How many bytes of memory the event takes, about.
+    pub fn size(&self) -> usize {
+        self.record.len() + size_of::<Self>()
+    }
+
+    /// The event in a buffer of its own, so that it does not keep a larger one alive.
+    #[must_use]
+    pub fn detached(self) -> Self {
+        Self { record: Bytes::copy_from_slice(&self.record), ..self }
+    }
+
     /// The name (never the value) of the token that the sender used.
     pub fn token(&self) -> &str {
         self.text(self.token.clone()).unwrap_or_default()

@@ -1,8 +1,31 @@
-//! engage-relay
+//! engage-relay takes the webhooks by which Aivo Engage reports what became of each message, stores them durably, and
+//! forwards them to Kafka, RabbitMQ and HTTP by the rules in `routes.toml`.
+//!
+//! ```text
+//!             ┌─ ingress ─┐      ┌─ journal ─┐      ┌─ lane: one per sink ─────────────────┐
+//!  webhook ─▶ │ auth, cap │ ───▶ │ append,   │ ───▶ │ read on from cursor ▸ route? ▸ order │ ─▶ sink ─▶ Kafka,
+//!             │ parse     │ ◀─── │ group     │      │   └ failed: wait, try again          │    RabbitMQ, HTTP,
+//!    200 ◀─── └───────────┘ ack  │ fsync     │      │   └ hopeless: dead letter ─▶ ledger  │    stdout
+//!                                └───────────┘      └──────────────────────────────────────┘
+//! ```
+//!
+//! The parts in reading order: [`event`] is what moves; [`ingress`] takes it, [`journal`] keeps it, a [`lane`] carries
+//! it to its [`sink`] and notes in the [`ledger`] how far it has come; [`routing`] says which events are whose.
+//! [`relay`] puts them together. [`config`] and [`rules`] read what the user has written, by way of [`document`] and
+//! [`template`]; [`cli`] has the commands.
+
+pub mod cli;
+pub mod config;
 pub mod document;
 pub mod event;
 pub mod ingress;
 pub mod journal;
+pub mod lane;
 pub mod ledger;
+pub mod pointer;
+pub mod relay;
+pub mod routing;
+pub mod rules;
 pub mod sink;
+pub mod telemetry;
 pub mod template;

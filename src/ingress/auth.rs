@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use http::{HeaderMap, HeaderName};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error as _, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer};
 use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConditionallySelectable as _, ConstantTimeEq as _};
 
@@ -17,11 +17,9 @@ use subtle::{Choice, ConditionallySelectable as _, ConstantTimeEq as _};
 const GENERATED: &str = "ingress-token";
 
 /// The `ingress.auth` setting: `"none"`, or a table.
-#[derive(Clone, Debug, Serialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug)]
 pub enum AuthConfig {
     /// Anyone may send. Has to be written out: `auth = "none"`.
-    #[serde(serialize_with = "serialize_none")]
     None,
     /// Whoever has one of the tokens.
     Tokens {
@@ -33,13 +31,12 @@ pub enum AuthConfig {
 }
 
 /// A token and what it is called in metrics and rules.
-#[derive(Clone, Deserialize, Serialize)]
+#[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenConfig {
     /// Its name.
     pub name: String,
     /// The header's whole value.
-    #[serde(skip_serializing)]
     pub value: String,
 }
 
@@ -101,10 +98,6 @@ impl<'de> Visitor<'de> for NoneOrTable {
     }
 }
 
-fn serialize_none<S: serde::Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str("none")
-}
-
 /// The check of a request's token.
 pub struct Auth(Option<Tokens>);
 
@@ -127,7 +120,7 @@ impl Auth {
         let mut known: Vec<_> = tokens.iter().map(|token| (token.name.clone(), digest(&token.value))).collect();
         let mut generated = None;
         if known.is_empty() {
-            let path = data_dir.join(GENERATED);
+            let path = generated_token_path(data_dir);
             let token = generated_token(&path).map_err(|source| AuthError::File { path: path.clone(), source })?;
             known.push(("generated".to_owned(), digest(&token)));
             generated = Some(path);
@@ -173,6 +166,11 @@ impl Auth {
     pub(super) fn header(&self) -> Option<&HeaderName> {
         self.0.as_ref().map(|tokens| &tokens.header)
     }
+}
+
+/// Where the token is that was made up, if there is one.
+pub fn generated_token_path(data_dir: &Path) -> PathBuf {
+    data_dir.join(GENERATED)
 }
 
 fn digest(value: &str) -> [u8; 32] {

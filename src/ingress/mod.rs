@@ -20,12 +20,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::warn;
 
-pub use auth::{Auth, AuthConfig, AuthError, TokenConfig};
+pub use auth::{Auth, AuthConfig, AuthError, TokenConfig, generated_token_path};
 
 use crate::journal::{Appender, Journal};
 use connection::Limits;
@@ -37,7 +37,7 @@ const HANDOVER: usize = 128;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The `[ingress]` settings.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Address and port.
@@ -64,7 +64,7 @@ pub struct Config {
 }
 
 /// Certificate and key of the listener.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TlsConfig {
     /// PEM file with the certificate chain.

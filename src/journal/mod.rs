@@ -36,7 +36,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokio::sync::watch;
 
 pub use reader::{ReadError, Reader, Start};
@@ -69,7 +69,7 @@ impl Position {
 }
 
 /// The `[journal]` settings.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// What an append waits for.
@@ -111,7 +111,7 @@ impl Config {
 }
 
 /// What an append waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
     /// The disk: acknowledged entries survive a crash of the machine.

@@ -1,0 +1,118 @@
+//! The commands. Each has a file; this one has the arguments and the exit status.
+
+mod check;
+mod explain;
+mod run;
+mod send;
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, ConfigError};
+use crate::document::{Environment, Problem};
+use crate::rules::{Rules, RulesError};
+
+/// Exit status for settings or rules that can't be used (`EX_USAGE`).
+const BAD_CONFIGURATION: u8 = 64;
+
+/// Receives Aivo Engage webhooks, stores them durably, and forwards them to Kafka, RabbitMQ and HTTP.
+#[derive(Parser)]
+#[command(version, max_term_width = 110, after_help = EXAMPLES)]
+struct Arguments {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  engage-relay                                   serve, with relay.toml and routes.toml of this folder if they are there
+  engage-relay check --routes new-routes.toml    say everything that is wrong with a file of rules
+  engage-relay explain event.json                say where an event would go, and what each sink would be sent
+  engage-relay send --count 1000 --rate 50       post sample events to a running relay
+
+Every setting can be given as a variable too: RELAY_INGRESS__LISTEN=0.0.0.0:8080";
+
+/// Options of every command.
+#[derive(Args)]
+struct Global {
+    /// The file with the settings [default: relay.toml, if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The file with the rules; overrides the setting `routes` [default: routes.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    routes: Option<PathBuf>,
+    /// Print JSON instead of text for people
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve (the default)
+    Run,
+    /// Compile settings and rules, print every problem; exit status 64 if there is an error
+    Check,
+    /// Say which routes an event matches and why, and what each sink would be sent
+    Explain(explain::Arguments),
+    /// Post realistic sample events, for trials and load
+    Send(send::Arguments),
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let json = arguments.global.json;
+    let result = match arguments.command {
+        None | Some(Command::Run) => run::run(&arguments.global),
+        Some(Command::Check) => check::run(&arguments.global),
+        Some(Command::Explain(explain)) => explain::run(&arguments.global, &explain),
+        Some(Command::Send(send)) => send::run(&arguments.global, &send),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => failed(&error, json),
+    }
+}
+
+/// Says what went wrong on standard error, and what exit status that is.
+fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
+    let configuration = error.is::<ConfigError>() || error.is::<RulesError>();
+    let text = match configuration {
+        true => error.to_string(),
+        false => format!("{error:#}"),
+    };
+    let line = if json { serde_json::json!({ "error": text }).to_string() } else { format!("error: {text}") };
+    // There is nowhere else to say it.
+    drop(writeln!(std::io::stderr(), "{line}"));
+    if configuration { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
+}
+
+impl Global {
+    /// The settings, with the file of rules that the command line gives; and warnings.
+    fn settings(&self) -> Result<(Config, Vec<String>), ConfigError> {
+        let (mut config, warnings) = Config::load(self.config.as_deref(), &Environment)?;
+        if let Some(routes) = &self.routes {
+            config.routes.clone_from(routes);
+        }
+        Ok((config, warnings))
+    }
+
+    fn rules(&self, config: &Config) -> Result<(Rules, Vec<Problem>), RulesError> {
+        Rules::load(&config.routes, &Environment)
+    }
+}
+
+/// Prints to standard output. A reader that has gone away (`| head`) is not an error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("can't write to standard output"),
+    }
+}

@@ -1,0 +1,253 @@
+//! `engage-relay send`: posts realistic sample events, for trials and load.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use hdrhistogram::Histogram;
+use http::StatusCode;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::{Global, print};
+use crate::config::Config;
+use crate::ingress::AuthConfig;
+
+/// How long an answer may take.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a sender pauses after it could not connect.
+const PAUSE: Duration = Duration::from_millis(50);
+/// The longest latency that is told apart, in microseconds.
+const MAX_LATENCY_US: u64 = 60_000_000;
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// How many events to post
+    #[arg(long, default_value_t = 100)]
+    count: u64,
+    /// How many events a second; without it, as fast as they are answered
+    #[arg(long)]
+    rate: Option<f64>,
+    /// Where to [default: this machine, at the port and path of the settings]
+    #[arg(long)]
+    url: Option<String>,
+    /// The token [default: the first of the settings, or the one that the relay made up]
+    #[arg(long)]
+    token: Option<String>,
+    /// How many requests at once
+    #[arg(long, default_value_t = 16)]
+    connections: u64,
+    /// Makes the events differ from those of another run
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Write each event that was acknowledged to this file, one JSON object a line: id and body
+    #[arg(long, value_name = "FILE")]
+    acked: Option<PathBuf>,
+}
+
+pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let (config, _) = global.settings()?;
+    let sender = Sender::new(arguments, &config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let started = Instant::now();
+    let tally = runtime.block_on(sender.send(arguments, global.json))?;
+    print(&tally.summary(started.elapsed(), global.json)?)?;
+    Ok(if tally.accepted == arguments.count { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Posts events; shared by all connections.
+struct Sender {
+    client: reqwest::Client,
+    url: reqwest::Url,
+    token: Option<(String, String)>,
+    next: AtomicU64,
+    tally: Mutex<Tally>,
+}
+
+/// What came of it.
+struct Tally {
+    answers: BTreeMap<String, u64>,
+    accepted: u64,
+    latencies_us: Histogram<u64>,
+    acked: Option<File>,
+}
+
+impl Sender {
+    fn new(arguments: &Arguments, config: &Config) -> anyhow::Result<Self> {
+        let url = arguments.url.clone().unwrap_or_else(|| {
+            format!("http://127.0.0.1:{}{}", config.ingress.listen.port(), config.ingress.path)
+        });
+        let url = url.parse().with_context(|| format!("--url {url:?} is not a URL"))?;
+        let acked = arguments.acked.as_ref().map(|path| {
+            File::create(path).with_context(|| format!("can't write {}", path.display()))
+        });
+        let tally = Tally {
+            answers: BTreeMap::new(),
+            accepted: 0,
+            latencies_us: Histogram::new_with_bounds(1, MAX_LATENCY_US, 3)?,
+            acked: acked.transpose()?,
+        };
+        let client = crate::sink::http_client_builder().timeout(TIMEOUT).build()?;
+        Ok(Self { client, url, token: token(arguments, config)?, next: AtomicU64::new(0), tally: Mutex::new(tally) })
+    }
+
+    async fn send(self, arguments: &Arguments, json: bool) -> anyhow::Result<Tally> {
+        let progress = if json { ProgressBar::hidden() } else { ProgressBar::new(arguments.count) };
+        progress.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec} {eta}")?);
+        let started = tokio::time::Instant::now();
+        let connections = (0..arguments.connections.clamp(1, arguments.count.max(1))).map(|_| async {
+            loop {
+                let number = self.next.fetch_add(1, Ordering::Relaxed);
+                if number >= arguments.count {
+                    return;
+                }
+                if let Some(rate) = arguments.rate.filter(|rate| *rate > 0.0) {
+                    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+                    let due = Duration::from_secs_f64(number as f64 / rate);
+                    tokio::time::sleep_until(started + due).await;
+                }
+                self.post(sample(arguments.seed, number)).await;
+                progress.inc(1);
+            }
+        });
+        futures_util::future::join_all(connections).await;
+        progress.finish_and_clear();
+        Ok(self.tally.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    async fn post(&self, body: String) {
+        let started = Instant::now();
+        let mut request = self.client.post(self.url.clone()).header("content-type", "application/json").body(body.clone());
+        if let Some((header, token)) = &self.token {
+            request = request.header(header, token);
+        }
+        let answer = match request.send().await {
+            Ok(response) => {
+                let status = response.status();
+                response.bytes().await.map(|content| (status, content))
+            }
+            Err(error) => Err(error),
+        };
+        let latency = u64::try_from(started.elapsed().as_micros()).unwrap_or(MAX_LATENCY_US);
+        let failed = answer.is_err();
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner).count(answer, latency, &body);
+        if failed {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+impl Tally {
+    fn count(&mut self, answer: reqwest::Result<(StatusCode, bytes::Bytes)>, latency_us: u64, body: &str) {
+        let answer = match answer {
+            Ok((status, content)) => {
+                self.latencies_us.saturating_record(latency_us);
+                if status == StatusCode::OK {
+                    self.accepted += 1;
+                    self.note(&content, body);
+                }
+                status.as_u16().to_string()
+            }
+            Err(error) if error.is_timeout() => "no answer in time".to_owned(),
+            Err(error) if error.is_connect() => "not connected".to_owned(),
+            Err(_) => "connection lost".to_owned(),
+        };
+        *self.answers.entry(answer).or_default() += 1;
+    }
+
+    fn note(&mut self, content: &[u8], body: &str) {
+        let Some(file) = &mut self.acked else { return };
+        let answer: serde_json::Value = serde_json::from_slice(content).unwrap_or_default();
+        let id = answer.pointer("/ids/0").and_then(serde_json::Value::as_str).unwrap_or_default();
+        if let Err(error) = writeln!(file, "{}", json!({ "id": id, "body": body })) {
+            tracing::warn!(%error, "can't write the file of acknowledged events");
+            self.acked = None;
+        }
+    }
+
+    fn summary(&self, took: Duration, json: bool) -> anyhow::Result<String> {
+        let latency = |quantile| self.latencies_us.value_at_quantile(quantile);
+        let rate = Duration::from_secs(self.accepted.min(u32::MAX.into())).as_secs_f64() / took.as_secs_f64().max(1e-9);
+        if json {
+            let latencies = json!({ "p50": latency(0.5), "p90": latency(0.9), "p99": latency(0.99), "max": self.latencies_us.max() });
+            let summary = json!({ "accepted": self.accepted, "answers": self.answers, "seconds": took.as_secs_f64(), "accepted_per_second": rate, "latency_us": latencies });
+            return Ok(format!("{summary}\n"));
+        }
+        let mut text = format!("{} accepted in {:.2} s, {rate:.0}/s\n", self.accepted, took.as_secs_f64());
+        for (answer, count) in &self.answers {
+            writeln!(text, "  {count:>8}  {answer}")?;
+        }
+        let ms = |quantile| Duration::from_micros(latency(quantile)).as_secs_f64() * 1000.0;
+        writeln!(text, "latency in ms: p50 {:.2}, p90 {:.2}, p99 {:.2}", ms(0.5), ms(0.9), ms(0.99))?;
+        Ok(text)
+    }
+}
+
+/// The header to send, and its value.
+fn token(arguments: &Arguments, config: &Config) -> anyhow::Result<Option<(String, String)>> {
+    let AuthConfig::Tokens { header, tokens } = &config.ingress.auth else { return Ok(None) };
+    if let Some(token) = &arguments.token {
+        return Ok(Some((header.clone(), token.clone())));
+    }
+    if let Some(first) = tokens.first() {
+        return Ok(Some((header.clone(), first.value.clone())));
+    }
+    let path = crate::ingress::generated_token_path(&config.data_dir);
+    match std::fs::read_to_string(&path) {
+        Ok(token) => Ok(Some((header.clone(), token.trim().to_owned()))),
+        Err(error) => bail!("no token: give --token, or start the relay here first ({}: {error})", path.display()),
+    }
+}
+
+/// Event number `number` of a run: messages of a few campaigns and senders, each with two or three statuses.
+fn sample(seed: u64, number: u64) -> String {
+    const STEPS: u64 = 3;
+    let message = number / STEPS;
+    let status = match (number % STEPS, message % 20) {
+        (0, _) => "sent",
+        (1, 19) => "error",
+        (1, _) => "delivered",
+        _ => "read",
+    };
+    let senders = ["5491122223333", "5491144445555", "34911223344", "4915112345678"];
+    let sender = senders.get(usize::try_from(message % 4).unwrap_or(0)).copied().unwrap_or_default();
+    let campaign = match message % 7 {
+        0 => String::new(),
+        campaign => format!(
+            "\"campaign\":{{\"id\":\"074116ff-76f3-47b7-8be2-{campaign:012x}\",\"name\":\"campaign {campaign}\"}},"
+        ),
+    };
+    format!(
+        "{{\"message_id\":\"wamid.{seed:08x}{message:016x}\",\"message_status\":\"{status}\",\
+         \"channel\":{{\"channel_type\":\"Whatsapp\",\"name\":\"Channel {sender}\",\"sender_id\":\"{sender}\"}},{campaign}\
+         \"event_name\":\"msg_status\",\"event_timestamp\":\"{}\",\"recipient\":{{\"id\":\"5411{:08}\"}}}}",
+        1_687_548_944 + number,
+        message % 100_000_000,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{self, Field};
+
+    #[test]
+    fn samples_are_events_and_differ() {
+        let mut ids = std::collections::HashSet::new();
+        for (seed, number) in (0..2).flat_map(|seed| (0..300).map(move |number| (seed, number))) {
+            let body = sample(seed, number);
+            let events = event::parse(body.as_bytes()).unwrap();
+            assert_eq!(events.len(), 1, "{body}");
+            assert!(ids.insert(events[0].id().to_string()), "{body}");
+        }
+        assert!(Field::from_name("status").is_some());
+    }
+}

@@ -1,0 +1,272 @@
+//! The running relay: opens what is on disk, starts the parts, and ends them in the right order.
+
+use std::collections::HashMap;
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::net::TcpListener;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{error, info, warn};
+
+use crate::config::{Config, ShutdownConfig};
+use crate::ingress::{Auth, AuthError, Ingress};
+use crate::journal::recovery::{Finding, Kind};
+use crate::journal::{Health, Journal, OpenError, Position, Start};
+use crate::lane::{Lane, Phase, Remains, StartAt};
+use crate::ledger::{Changes, Ledger, LedgerError};
+use crate::rules::Rules;
+use crate::sink::{BuildError, Sink};
+
+/// How long sinks may take to close their connections.
+const SINK_CLOSE: Duration = Duration::from_secs(3);
+/// How long answers may take that tell senders of a failed journal.
+const FAILED_GRACE: Duration = Duration::from_secs(1);
+
+/// What the caller asks of a running relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Shutdown {
+    /// Go on.
+    No,
+    /// Accept for `shutdown.delay` more, then finish what is under way.
+    AfterDelay,
+    /// Finish what is under way.
+    Graceful,
+    /// End at once; deliveries under way will be repeated.
+    Now,
+}
+
+/// Runs until `shutdown` says to end. `listener` is the ingress's socket, bound by the caller.
+///
+/// # Errors
+///
+/// [`RunError`]: it could not start, or the journal failed, or a part ended that should not have.
+pub async fn run(config: Config, rules: Rules, listener: TcpListener, shutdown: watch::Receiver<Shutdown>) -> Result<(), RunError> {
+    let started = Relay::start(&config, &rules).await?;
+    info!(listen = %listener.local_addr()?, path = %config.ingress.path, sinks = rules.sinks.len(), "accepting webhooks");
+    started.serve(listener, shutdown, config.shutdown).await
+}
+
+/// The parts of a running relay.
+struct Relay {
+    _lock: File,
+    journal: Journal,
+    ingress: Ingress,
+    lanes: JoinSet<(String, Remains)>,
+    sinks: Vec<Arc<Sink>>,
+    phase: watch::Sender<Phase>,
+    ledger_thread: JoinHandle<()>,
+}
+
+impl Relay {
+    async fn start(config: &Config, rules: &Rules) -> Result<Self, RunError> {
+        let dir = &config.data_dir;
+        let lock = lock_data_dir(dir)?;
+        let (auth, generated) = Auth::new(&config.ingress.auth, dir)?;
+        if let Some(path) = generated {
+            info!(file = %path.display(), "no token is configured; senders need the one in this file");
+        }
+        let (ledger, cursors, ledger_thread) = Ledger::open(&dir.join("ledger.sqlite"))?;
+        let cursors: HashMap<String, Position> = cursors.into_iter().collect();
+        let of_sinks = rules.sinks.iter().filter_map(|sink| cursors.get(&sink.name)).copied();
+        let floor = cursors.values().copied().max().unwrap_or(Position::ZERO);
+        let needed = of_sinks.min().unwrap_or(floor);
+        let (mut journal, findings) = Journal::open(&dir.join("journal"), &dir.join("quarantine"), &config.journal, needed, floor)?;
+        findings.iter().for_each(report);
+        for (name, cursor) in &cursors {
+            if !rules.sinks.iter().any(|sink| sink.name == *name) {
+                let unread = journal.end().since(*cursor);
+                warn!(sink = %name, unread, "a sink is no longer in the rules; the events that it has not read stay unread");
+            }
+        }
+        let phase = watch::Sender::new(Phase::Running);
+        let (mut lanes, mut sinks) = (JoinSet::new(), Vec::new());
+        for sink_rules in &rules.sinks {
+            let start = match (cursors.get(&sink_rules.name), sink_rules.lane.start) {
+                (Some(cursor), _) => Start::At(*cursor),
+                (None, StartAt::End) => Start::End,
+                (None, StartAt::Earliest) => Start::Earliest,
+            };
+            let reader = journal.reader(start);
+            // A new sink's beginning must be known before the first event comes in.
+            ledger.settle(&sink_rules.name, reader.position(), Changes::default()).await?;
+            let Some(id) = rules.table.sink(&sink_rules.name) else { continue };
+            let sink = Arc::new(Sink::build(&sink_rules.name, &sink_rules.sink)?);
+            sinks.push(Arc::clone(&sink));
+            let table = Arc::clone(&rules.table);
+            let lane = Lane::new(&sink_rules.name, sink, id, table, reader, ledger.clone(), sink_rules.lane.clone());
+            let (name, phase) = (sink_rules.name.clone(), phase.subscribe());
+            lanes.spawn(async move { (name, lane.run(phase).await) });
+        }
+        journal.start()?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let ingress = Ingress::start(&config.ingress, auth, &journal, cores)?;
+        Ok(Self { _lock: lock, journal, ingress, lanes, sinks, phase, ledger_thread })
+    }
+
+    async fn serve(
+        mut self,
+        listener: TcpListener,
+        mut shutdown: watch::Receiver<Shutdown>,
+        times: ShutdownConfig,
+    ) -> Result<(), RunError> {
+        let mut health = self.journal.health();
+        let result = tokio::select! {
+            result = self.ingress.accept(listener) => result.map_err(RunError::from),
+            () = asked_to_end(&mut shutdown, times.delay) => Ok(()),
+            reason = failed(&mut health) => Err(RunError::Journal(reason)),
+            Some(ended) = self.lanes.join_next() => Err(RunError::ended(ended)),
+        };
+        let grace = if result.is_ok() { times.grace } else { FAILED_GRACE };
+        if let Err(error) = &result {
+            error!(%error, "stopping");
+        }
+        self.stop(Instant::now() + grace, shutdown).await;
+        result
+    }
+
+    /// Ends the parts in the order in which data moves, within the time that is left.
+    async fn stop(mut self, deadline: Instant, mut shutdown: watch::Receiver<Shutdown>) {
+        self.phase.send_replace(Phase::Finishing);
+        let mut remains = Vec::new();
+        let finish = async {
+            let lanes = async {
+                while let Some(ended) = self.lanes.join_next().await {
+                    remains.extend(ended.ok());
+                }
+            };
+            tokio::join!(self.ingress.stop(), lanes);
+        };
+        let now = shutdown.wait_for(|shutdown| *shutdown == Shutdown::Now);
+        let finished = tokio::select! {
+            finished = timeout_at(deadline, finish) => finished.is_ok(),
+            _ = now => false,
+        };
+        if !finished {
+            warn!("not everything finished in time; deliveries under way will be repeated");
+            self.phase.send_replace(Phase::Ending);
+            while let Some(ended) = self.lanes.join_next().await {
+                remains.extend(ended.ok());
+            }
+        }
+        let close = futures_util::future::join_all(self.sinks.iter().map(|sink| sink.close()));
+        if tokio::time::timeout(SINK_CLOSE, close).await.is_err() {
+            warn!("not every sink closed in time");
+        }
+        let (journal, ledger) = (self.journal, self.ledger_thread);
+        let closed = tokio::task::spawn_blocking(move || {
+            journal.close();
+            // Its panic has been reported by the thread itself.
+            drop(ledger.join());
+        });
+        drop(closed.await);
+        for (sink, Remains { lag_events }) in remains {
+            info!(%sink, lag_events, "sink stopped");
+        }
+        info!("stopped");
+    }
+}
+
+/// Waits until the caller asks for the end, and for the delay that is due then.
+async fn asked_to_end(shutdown: &mut watch::Receiver<Shutdown>, delay: Duration) {
+    let asked = shutdown.wait_for(|shutdown| *shutdown != Shutdown::No).await.map(|asked| *asked);
+    if let Ok(Shutdown::AfterDelay) = asked {
+        info!(?delay, "asked to stop; accepting a little longer");
+        tokio::select! {
+            () = sleep(delay) => {}
+            _ = shutdown.wait_for(|shutdown| *shutdown > Shutdown::AfterDelay) => {}
+        }
+    }
+}
+
+/// Waits until the journal has failed; why.
+async fn failed(health: &mut watch::Receiver<Health>) -> String {
+    loop {
+        if let Health::Failed(reason) = &*health.borrow_and_update() {
+            return reason.clone();
+        }
+        if health.changed().await.is_err() {
+            return "the journal is gone".to_owned();
+        }
+    }
+}
+
+/// Makes the data directory and keeps other processes out of it for as long as the file is open.
+fn lock_data_dir(dir: &Path) -> Result<File, RunError> {
+    let error = |source| RunError::DataDir { dir: dir.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(error)?;
+    let lock = File::options().create(true).write(true).truncate(false).open(dir.join("lock")).map_err(error)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(RunError::Locked { dir: dir.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(error(source)),
+    }
+}
+
+fn report(finding: &Finding) {
+    let Finding { kind, file, offset, bytes, lost } = finding;
+    let (kind_name, file) = (kind.as_str(), file.display());
+    match (kind, lost) {
+        (Kind::Foreign, _) => warn!(%file, "a file in the journal's directory is not the journal's; it is left alone"),
+        (_, Some((from, to))) => {
+            let (first, lost) = (from.to_stored(), to.since(*from));
+            error!(kind = kind_name, %file, offset, bytes, first, lost, "events are lost from the journal; what was left of them is in quarantine");
+        }
+        (Kind::Segment, None) => error!(kind = kind_name, %file, bytes, "a journal file was not readable; it is in quarantine"),
+        (Kind::TornTail | Kind::Header | Kind::Damaged | Kind::Missing, None) => {
+            warn!(kind = kind_name, %file, offset, bytes, "the journal was repaired; nothing that was acknowledged is lost");
+        }
+    }
+}
+
+/// Why the relay did not run, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The data directory.
+    #[error("the data directory {} can't be used", dir.display())]
+    DataDir {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Two relays must not share one.
+    #[error("another process uses the data directory {}; give each relay its own", dir.display())]
+    Locked {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The token file.
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+    /// The ledger.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// The journal, at opening.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A sink.
+    #[error(transparent)]
+    Sink(#[from] BuildError),
+    /// Sockets and threads.
+    #[error("the ingress can't be started")]
+    Io(#[from] io::Error),
+    /// The journal, while running.
+    #[error("the journal failed: {0}")]
+    Journal(String),
+    /// A lane.
+    #[error("the lane of sink {0} ended unexpectedly")]
+    Lane(String),
+}
+
+impl RunError {
+    fn ended(ended: Result<(String, Remains), JoinError>) -> Self {
+        Self::Lane(ended.map_or_else(|error| error.to_string(), |(name, _)| name))
+    }
+}
