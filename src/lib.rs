@@ -2,5 +2,6 @@
 pub mod document;
 pub mod event;
 pub mod pointer;
+pub mod routing;
 pub mod sink;
 pub mod template;
