@@ -441,7 +441,7 @@ const AFTER_RESOLVING: &str = "the value is not valid after its `${…}` have be
 pub fn unknown(what: &str, name: &str, known: &[&str]) -> String {
     let distance = |known: &&&str| strsim::damerau_levenshtein(name, known);
     match known.iter().min_by_key(distance) {
-        Some(nearest) if distance(&nearest) <= 1 + name.chars().count() / 4 => {
+        Some(nearest) if distance(&nearest) <= (name.chars().count() + 1) / 3 => {
             format!("unknown {what} `{name}`; did you mean `{nearest}`?")
         }
         Some(_) => format!("unknown {what} `{name}`; known are {}", known.join(", ")),

@@ -266,3 +266,46 @@ fn looks_up_the_process() {
     let cargo: HashMap<_, _> = std::env::vars().collect();
     assert_eq!(Environment.variable("PATH"), cargo.get("PATH").cloned());
 }
+
+const FRAGMENTS: [&str; 26] = [
+    "[",
+    "]",
+    "[[",
+    "]]",
+    "{",
+    "}",
+    "\"",
+    "'",
+    "\"\"\"",
+    "'''",
+    "=",
+    ",",
+    ".",
+    "#",
+    "\n",
+    "\r\n",
+    " ",
+    "a",
+    "b",
+    "é",
+    "1",
+    "[a]\n",
+    "[a.b]\n",
+    "[[c]]\n",
+    "a = 1\n",
+    "a.b = { c = [1, 'é'] }\n",
+];
+
+proptest::proptest! {
+    /// Whatever the text, reading it ends, and says that something is wrong exactly if TOML says so.
+    #[test]
+    fn reads_any_text(
+        parts in proptest::collection::vec(proptest::sample::select(&FRAGMENTS), 0..40),
+    ) {
+        let source = parts.concat();
+        let document = Document::parse("f", &source, &Fixed);
+        document.root().fingerprint();
+        let good = document.into_problems().is_empty();
+        proptest::prop_assert_eq!(good, DeTable::parse(&source).is_ok(), "{}", source);
+    }
+}
