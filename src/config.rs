@@ -180,7 +180,7 @@ fn type_of(actual: &Actual) -> &'static str {
         Actual::Float(_) => "a float",
         Actual::Char(_) | Actual::Str(_) => "text",
         Actual::Seq => "an array",
-        Actual::Map | Actual::Struct => "a table",
+        Actual::Map => "a table",
         _ => "another type",
     }
 }

@@ -157,6 +157,16 @@ impl<'l> Document<'l> {
     }
 }
 
+/// A text with its `${…}` resolved.
+///
+/// # Errors
+///
+/// A message for each reference that is malformed or missing.
+pub fn resolve(text: &str, lookup: &dyn Lookup) -> Result<String, Vec<String>> {
+    let (pieces, problems) = pieces(text, lookup);
+    if problems.is_empty() { Ok(pieces.iter().map(Piece::value).collect()) } else { Err(problems) }
+}
+
 /// Where in a document something stands, for [`Section::problem_at`].
 #[derive(Clone, Debug)]
 pub struct Place(Range<usize>);

@@ -59,7 +59,7 @@ struct Relay {
     journal: Journal,
     ingress: Ingress,
     lanes: JoinSet<(String, Remains)>,
-    sinks: Vec<Arc<Sink>>,
+    sinks: Vec<Sink>,
     phase: watch::Sender<Phase>,
     ledger_thread: JoinHandle<()>,
 }
@@ -97,8 +97,8 @@ impl Relay {
             // A new sink's beginning must be known before the first event comes in.
             ledger.settle(&sink_rules.name, reader.position(), Changes::default()).await?;
             let Some(id) = rules.table.sink(&sink_rules.name) else { continue };
-            let sink = Arc::new(Sink::build(&sink_rules.name, &sink_rules.sink)?);
-            sinks.push(Arc::clone(&sink));
+            let sink = Sink::build(&sink_rules.name, &sink_rules.sink)?;
+            sinks.push(sink.clone());
             let table = Arc::clone(&rules.table);
             let lane = Lane::new(&sink_rules.name, sink, id, table, reader, ledger.clone(), sink_rules.lane.clone());
             let (name, phase) = (sink_rules.name.clone(), phase.subscribe());
@@ -155,7 +155,7 @@ impl Relay {
                 remains.extend(ended.ok());
             }
         }
-        let close = futures_util::future::join_all(self.sinks.iter().map(|sink| sink.close()));
+        let close = futures_util::future::join_all(self.sinks.iter().map(Sink::close));
         if tokio::time::timeout(SINK_CLOSE, close).await.is_err() {
             warn!("not every sink closed in time");
         }

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{Global, print};
 use crate::event::{self, Event};
-use crate::routing::{Explanation, Outcome, Scratch};
+use crate::routing::{Explanation, Mismatch, Outcome, Scratch};
 use crate::rules::Rules;
 use crate::sink::{Attempt, DeliveryError, Preview};
 
@@ -89,8 +89,18 @@ impl Explained {
         let mut text = format!("event {}\n\nroutes\n", self.event.id());
         for route in &self.routes {
             match &route.outcome {
-                Outcome::Matched => writeln!(text, "  + {}: matches, to {}", route.route, route.to.join(", "))?,
-                other => writeln!(text, "  - {}: {other}", route.route)?,
+                Outcome::Matched { to, is_final } => {
+                    let last = if *is_final { "; final, so that no route below is tried" } else { "" };
+                    writeln!(text, "  + {}: matches, to {}{last}", route.route, to.join(", "))?;
+                }
+                Outcome::NotMatched { because } => {
+                    writeln!(text, "  - {}: does not match", route.route)?;
+                    for Mismatch { field, wanted, found } in because {
+                        let found = found.as_ref().map_or_else(|| "nothing".to_owned(), |found| format!("{found:?}"));
+                        writeln!(text, "      {field} should be {wanted}, the event has {found}")?;
+                    }
+                }
+                Outcome::NotTried { after } => writeln!(text, "  . {}: not tried, since {after} is final", route.route)?,
             }
         }
         if self.sinks.is_empty() {
@@ -99,7 +109,15 @@ impl Explained {
         for (sink, route, preview) in &self.sinks {
             writeln!(text, "\nsink {sink} (by route {route})")?;
             match preview {
-                Ok(preview) => write!(text, "{preview}")?,
+                Ok(preview) => {
+                    for (label, value) in &preview.target {
+                        writeln!(text, "  {label}: {value}")?;
+                    }
+                    writeln!(text, "  headers:")?;
+                    for (name, value) in &preview.headers {
+                        writeln!(text, "    {name}: {value}")?;
+                    }
+                }
                 Err(error) => writeln!(text, "  can't be sent: {}", error.text)?,
             }
         }

@@ -95,7 +95,8 @@ impl Sender {
             latencies_us: Histogram::new_with_bounds(1, MAX_LATENCY_US, 3)?,
             acked: acked.transpose()?,
         };
-        let client = crate::sink::http_client_builder().timeout(TIMEOUT).build()?;
+        crate::sink::install_crypto_provider();
+        let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().tcp_nodelay(true).build()?;
         Ok(Self { client, url, token: token(arguments, config)?, next: AtomicU64::new(0), tally: Mutex::new(tally) })
     }
 

@@ -245,7 +245,7 @@ async fn serve(
         });
     }
     drop(open);
-    // Nothing is sent: this is the channel's end.
-    drop(all_closed.recv().await);
+    // Nothing is sent: this waits for the channel's end.
+    while all_closed.recv().await.is_some() {}
     courier.abort();
 }

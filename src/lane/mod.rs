@@ -76,7 +76,7 @@ pub struct Remains {
 /// One sink's lane.
 pub struct Lane {
     name: Arc<str>,
-    sink: Arc<Sink>,
+    sink: Sink,
     source: Source,
     ledger: Ledger,
     config: Config,
@@ -139,7 +139,7 @@ type Settling = Pin<Box<dyn Future<Output = (Position, usize, Result<(), LedgerE
 
 impl Lane {
     /// A lane that goes on where the reader stands.
-    pub fn new(name: &str, sink: Arc<Sink>, id: SinkId, table: Arc<Table>, reader: Reader, ledger: Ledger, config: Config) -> Self {
+    pub fn new(name: &str, sink: Sink, id: SinkId, table: Arc<Table>, reader: Reader, ledger: Ledger, config: Config) -> Self {
         let at = reader.position();
         Self {
             name: name.into(),
@@ -226,7 +226,7 @@ impl Lane {
     }
 
     fn attempt(&mut self, delivery: Delivery) {
-        let sink = Arc::clone(&self.sink);
+        let sink = self.sink.clone();
         self.under_way.push(Box::pin(async move {
             let attempt = Attempt { number: delivery.failures + 1, route: delivery.route.name() };
             let result = sink.deliver(&delivery.event, &attempt).await;
