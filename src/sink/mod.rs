@@ -1,1 +1,239 @@
-//! stub: see DESIGN 7
+//! Sinks: the destinations that events are delivered to.
+//!
+//! [`Config`] is what a `[sinks.NAME]` table of `routes.toml` compiles to, and [`Sink`] the client that is built from
+//! it once and shared. [`Sink::deliver`] makes one attempt; `Ok` means that the other side has durably accepted the
+//! event, and a [`DeliveryError`] carries the verdict on what is to become of it otherwise. [`Config::preview`] shows
+//! what an attempt sends; both get the message from one function per sink, so that they cannot disagree.
+//!
+//! A sink neither retries nor counts, and knows nothing of queues, the journal or other sinks. What errors, logs and
+//! previews say holds no secret, no body and no value of an event.
+//!
+//! A new sink is a file like the ones here, a variant of [`Config`] and of [`Client`], and their match arms below.
+
+mod metadata;
+mod stdout;
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::document::Section;
+use crate::event::Event;
+use crate::template::{Escape, Template};
+
+/// What a `[sinks.NAME]` table says, checked: everything in it can work, as far as that shows without connecting.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "each is the sink of that type")]
+pub enum Config {
+    Stdout(stdout::Config),
+}
+
+/// The `type` of a sink.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Type {
+    Stdout,
+}
+
+impl Config {
+    /// Reads the sink's own keys, and reports every problem in `section`; `None` where there was one. The caller reads
+    /// what is left (`delivery`) and finishes the section, unless `type` is missing or unknown: then no key is known.
+    pub fn read(section: &mut Section<'_>) -> Option<Self> {
+        match section.require::<Type>("type")? {
+            Type::Stdout => stdout::Config::read(section).map(Self::Stdout),
+        }
+    }
+
+    /// The sink's `type`, as it is written in the file.
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::Stdout(_) => "stdout",
+        }
+    }
+
+    /// How many deliveries a lane should have under way at once, unless its settings say otherwise.
+    pub fn default_concurrency(&self) -> usize {
+        match self {
+            Self::Stdout(_) => 64,
+        }
+    }
+
+    /// What an attempt made now by the sink `name` would send, with secrets as their `${…}` references.
+    ///
+    /// # Errors
+    ///
+    /// The event cannot be sent to this sink at all: [`Sink::deliver`] would reject it with this error.
+    pub fn preview(&self, name: &str, event: &Event, attempt: &Attempt<'_>) -> Result<Preview, DeliveryError> {
+        let now = SystemTime::now();
+        match self {
+            Self::Stdout(_) => Ok(stdout::preview(name, event, attempt)),
+        }
+    }
+}
+
+/// A destination, ready to be delivered to. Cloning is cheap, and clones share the connections.
+#[derive(Clone)]
+pub struct Sink(Arc<Client>);
+
+enum Client {
+    Stdout(stdout::Stdout),
+}
+
+impl Sink {
+    /// Builds the client of the sink `name`. Has to be called within a Tokio runtime. A destination that is down is no
+    /// error: connections are made when they are needed, or in the background.
+    ///
+    /// # Errors
+    ///
+    /// A certificate that cannot be read, or an option that the client library refuses.
+    pub fn build(name: &str, config: &Config) -> Result<Self, BuildError> {
+        Ok(Self(Arc::new(match config {
+            Config::Stdout(_) => Client::Stdout(stdout::Stdout::new(name)),
+        })))
+    }
+
+    /// Makes one attempt. It ends within the sink's `timeout` (a broker that blocks publishers stops that clock), and
+    /// may be dropped at any time: the event may then have arrived or not.
+    ///
+    /// # Errors
+    ///
+    /// The other side has not accepted the event, or not said so: the verdict tells what to do.
+    pub async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
+        match &*self.0 {
+            Client::Stdout(sink) => sink.deliver(event, attempt).await,
+        }
+    }
+
+    /// Hands over what is on its way and closes connections politely, within a few seconds. Deliveries after this fail.
+    pub async fn close(&self) {
+        match &*self.0 {
+            Client::Stdout(_) => {}
+        }
+    }
+}
+
+/// What an attempt knows of the delivery that it belongs to.
+#[derive(Clone, Copy, Debug)]
+pub struct Attempt<'a> {
+    /// Counted from 1.
+    pub number: u32,
+    /// The name of the (first) route that the event matched.
+    pub route: &'a str,
+}
+
+/// Why an attempt did not deliver.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct DeliveryError {
+    /// What is to become of the delivery.
+    pub verdict: Verdict,
+    /// A short name, for filters and counts: `timeout`, `refused`, `http_503`, `unroutable`, `message_too_large`.
+    pub kind: Cow<'static, str>,
+    /// For people. Without secrets, bodies and values of the event.
+    pub text: String,
+}
+
+/// What is to become of a delivery whose attempt failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The next attempt may succeed.
+    Retry {
+        /// How long the other side asked to be left alone; at most a day.
+        after: Option<Duration>,
+    },
+    /// No attempt can succeed before someone changes something: a dead letter.
+    Reject,
+}
+
+impl DeliveryError {
+    fn retry(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Retry { after: None }, kind: kind.into(), text: text.into() }
+    }
+
+    fn reject(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Reject, kind: kind.into(), text: text.into() }
+    }
+}
+
+/// What an attempt would send beside the event's body, in the order to show it in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Preview {
+    /// Where it goes: label and value, such as `url`, `topic`, `exchange`.
+    pub target: Vec<(&'static str, String)>,
+    /// Headers by name.
+    pub headers: Vec<(String, String)>,
+}
+
+/// Why a sink's client cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A file that the settings name.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What reading it said.
+        source: std::io::Error,
+    },
+    /// The file was read, but is not what it should be.
+    #[error("{} holds no PEM {expected}", path.display())]
+    Pem {
+        /// The file.
+        path: PathBuf,
+        /// What it should hold.
+        expected: &'static str,
+    },
+    /// The client library refused its settings.
+    #[error("cannot build the client")]
+    Client(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// For whom a message is rendered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum View {
+    /// The destination.
+    Real,
+    /// People: secrets stay references.
+    Redacted,
+}
+
+impl View {
+    fn render(self, template: &Template, event: &Event, escape: Escape) -> String {
+        match self {
+            Self::Real => template.render(event, escape),
+            Self::Redacted => template.render_redacted(event, escape),
+        }
+    }
+}
+
+/// Reads `timeout`: how long one attempt may take.
+fn read_timeout(section: &mut Section<'_>, default: Duration) -> Duration {
+    let parse = |text: &str| match humantime::parse_duration(text) {
+        Ok(timeout) if timeout < Duration::from_millis(1) => Err("a time-out is at least 1ms".to_owned()),
+        Ok(timeout) if timeout > MAX_TIMEOUT => Err("a time-out is at most 1h".to_owned()),
+        Ok(timeout) => Ok(timeout),
+        Err(error) => Err(format!("not a duration such as \"15s\": {error}")),
+    };
+    section.parse("timeout", parse).unwrap_or(default)
+}
+
+const MAX_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Milliseconds of a time-out; those are limited to far below what would saturate.
+fn millis(timeout: Duration) -> u64 {
+    u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Reads a template that has to be there.
+fn require_template(section: &mut Section<'_>, key: &'static str) -> Option<Template> {
+    if section.value(key).is_none() && !section.lost(key) {
+        section.problem(key, format!("`{key}` is missing"));
+    }
+    section.template(key)
+}
+
+#[cfg(test)]
+mod tests;
