@@ -10,8 +10,11 @@
 //!
 //! A new sink is a file like the ones here, a variant of [`Config`] and of [`Client`], and their match arms below.
 
+mod http;
 mod metadata;
+mod signing;
 mod stdout;
+mod tls;
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -28,6 +31,7 @@ use crate::template::{Escape, Template};
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "each is the sink of that type")]
 pub enum Config {
+    Http(http::Config),
     Stdout(stdout::Config),
 }
 
@@ -35,6 +39,7 @@ pub enum Config {
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Type {
+    Http,
     Stdout,
 }
 
@@ -43,6 +48,7 @@ impl Config {
     /// what is left (`delivery`) and finishes the section, unless `type` is missing or unknown: then no key is known.
     pub fn read(section: &mut Section<'_>) -> Option<Self> {
         match section.require::<Type>("type")? {
+            Type::Http => http::Config::read(section).map(Self::Http),
             Type::Stdout => stdout::Config::read(section).map(Self::Stdout),
         }
     }
@@ -50,6 +56,7 @@ impl Config {
     /// The sink's `type`, as it is written in the file.
     pub fn type_name(&self) -> &'static str {
         match self {
+            Self::Http(_) => "http",
             Self::Stdout(_) => "stdout",
         }
     }
@@ -57,7 +64,7 @@ impl Config {
     /// How many deliveries a lane should have under way at once, unless its settings say otherwise.
     pub fn default_concurrency(&self) -> usize {
         match self {
-            Self::Stdout(_) => 64,
+            Self::Http(_) | Self::Stdout(_) => 64,
         }
     }
 
@@ -69,6 +76,7 @@ impl Config {
     pub fn preview(&self, name: &str, event: &Event, attempt: &Attempt<'_>) -> Result<Preview, DeliveryError> {
         let now = SystemTime::now();
         match self {
+            Self::Http(config) => config.preview(event, attempt, now),
             Self::Stdout(_) => Ok(stdout::preview(name, event, attempt)),
         }
     }
@@ -79,6 +87,7 @@ impl Config {
 pub struct Sink(Arc<Client>);
 
 enum Client {
+    Http(http::Http),
     Stdout(stdout::Stdout),
 }
 
@@ -90,7 +99,9 @@ impl Sink {
     ///
     /// A certificate that cannot be read, or an option that the client library refuses.
     pub fn build(name: &str, config: &Config) -> Result<Self, BuildError> {
+        tls::install_crypto_provider();
         Ok(Self(Arc::new(match config {
+            Config::Http(config) => Client::Http(http::Http::build(config.clone())?),
             Config::Stdout(_) => Client::Stdout(stdout::Stdout::new(name)),
         })))
     }
@@ -103,6 +114,7 @@ impl Sink {
     /// The other side has not accepted the event, or not said so: the verdict tells what to do.
     pub async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
         match &*self.0 {
+            Client::Http(sink) => sink.deliver(event, attempt).await,
             Client::Stdout(sink) => sink.deliver(event, attempt).await,
         }
     }
@@ -110,7 +122,7 @@ impl Sink {
     /// Hands over what is on its way and closes connections politely, within a few seconds. Deliveries after this fail.
     pub async fn close(&self) {
         match &*self.0 {
-            Client::Stdout(_) => {}
+            Client::Http(_) | Client::Stdout(_) => {}
         }
     }
 }

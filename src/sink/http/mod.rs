@@ -1,0 +1,268 @@
+//! The `http` sink: one request per attempt. Accepted means a 2xx answer.
+//!
+//! Redirects are not followed, proxies of the environment not used, and nothing is sent twice within an attempt. An
+//! answer's body is read, up to a limit, so that the connection can be used again, and thrown away: it may repeat
+//! personal data.
+//!
+//! A header value cannot hold line breaks, other control characters or anything beyond ASCII. Where an event's value
+//! has one, it is percent-encoded as UTF-8 and the rest of the value stays as it is.
+
+mod target;
+
+use std::error::Error as _;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use percent_encoding::{CONTROLS, utf8_percent_encode};
+
+use self::target::Target;
+use super::metadata::{self, Binding, Format};
+use super::signing::Secrets;
+use super::tls::Tls;
+use super::{Attempt, BuildError, DeliveryError, Preview, Verdict, View};
+use crate::document::Section;
+use crate::event::Event;
+use crate::template::{Escape, Template};
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
+/// How much of an answer's body is read for the sake of the connection.
+const MAX_DISCARDED: usize = 64 * 1024;
+/// The longest wait that is taken from `Retry-After`.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
+/// Connections kept for the next deliveries: more than lanes usually have under way at once.
+const MAX_IDLE: usize = 256;
+/// Shorter than the idle time-outs of common servers and balancers, so that they seldom close what is about to be used.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
+
+/// Headers that belong to the connection or the framing.
+const FRAMING: [&str; 9] =
+    ["connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
+
+/// The checked settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    target: Target,
+    method: Method,
+    headers: Vec<(HeaderName, Template)>,
+    format: Format,
+    secrets: Secrets,
+    timeout: Duration,
+    tls: Tls,
+}
+
+impl Config {
+    pub(super) fn read(section: &mut Section<'_>) -> Option<Self> {
+        let target = super::require_template(section, "url")
+            .and_then(|template| Target::new(template).map_err(|problem| section.problem("url", problem)).ok());
+        let method = section.parse("method", parse_method).unwrap_or(Method::POST);
+        let headers = metadata::read_headers(section, Binding::Http, check_header_name);
+        for (name, template) in &headers {
+            if template.render_sample("x").contains(|c: char| c.is_control() && c != '\t') {
+                section.problem("headers", format!("the value of {name:?} holds a line break or control character"));
+            }
+        }
+        let config = Self {
+            method,
+            headers: headers.into_iter().filter_map(|(name, value)| Some((name.parse().ok()?, value))).collect(),
+            format: metadata::read_format(section),
+            secrets: Secrets::read(section),
+            timeout: super::read_timeout(section, DEFAULT_TIMEOUT),
+            tls: Tls::read(section),
+            target: target?,
+        };
+        Some(config)
+    }
+
+    pub(super) fn preview(
+        &self,
+        event: &Event,
+        attempt: &Attempt<'_>,
+        now: SystemTime,
+    ) -> Result<Preview, DeliveryError> {
+        let request = self.request(event, attempt, now, View::Redacted)?;
+        let headers = request.headers.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
+        Ok(Preview { target: vec![("method", self.method.to_string()), ("url", request.url)], headers })
+    }
+
+    fn request(
+        &self,
+        event: &Event,
+        attempt: &Attempt<'_>,
+        now: SystemTime,
+        view: View,
+    ) -> Result<Request, DeliveryError> {
+        let body = event.body();
+        let mut headers = vec![(CONTENT_TYPE, metadata::CONTENT_TYPE.to_owned())];
+        for (name, value) in metadata::headers(event, attempt, now, self.format, Binding::Http) {
+            headers.push((name.parse().map_err(|_| invalid_header(&name))?, value));
+        }
+        let (id, timestamp) = (event.id().to_string(), metadata::unix_seconds(now).to_string());
+        if let Some(signature) = self.secrets.sign(&id, &timestamp, &body) {
+            headers.push((HeaderName::from_static("webhook-signature"), signature));
+        }
+        for (name, template) in &self.headers {
+            let value = view.render(template, event, Escape::None);
+            headers.push((name.clone(), utf8_percent_encode(&value, CONTROLS).to_string()));
+        }
+        Ok(Request { url: self.target.render(event, view)?, headers, body })
+    }
+
+    /// Why building fails, if it does, as the sink's own error.
+    fn client(&self) -> Result<reqwest::Client, BuildError> {
+        let failed = |error: reqwest::Error| BuildError::Client(error.into());
+        let mut client = reqwest::Client::builder()
+            .user_agent(concat!("engage-relay/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .no_proxy()
+            .referer(false)
+            .timeout(self.timeout)
+            .tcp_nodelay(true)
+            .tcp_keepalive(Duration::from_secs(30))
+            .pool_max_idle_per_host(MAX_IDLE)
+            .pool_idle_timeout(IDLE_TIMEOUT);
+        let pem = self.tls.load()?;
+        if let Some(ca) = pem.ca {
+            client = client.tls_certs_only(reqwest::Certificate::from_pem_bundle(ca.as_bytes()).map_err(failed)?);
+        }
+        if let Some((cert, key)) = pem.identity {
+            client = client.identity(reqwest::Identity::from_pem(format!("{cert}\n{key}").as_bytes()).map_err(failed)?);
+        }
+        client.build().map_err(failed)
+    }
+}
+
+/// What one attempt sends.
+struct Request {
+    url: String,
+    headers: Vec<(HeaderName, String)>,
+    body: Bytes,
+}
+
+/// The sink: one pool of connections.
+pub(super) struct Http {
+    config: Config,
+    client: reqwest::Client,
+}
+
+impl Http {
+    pub(super) fn build(config: Config) -> Result<Self, BuildError> {
+        Ok(Self { client: config.client()?, config })
+    }
+
+    pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
+        let request = self.config.request(event, attempt, SystemTime::now(), View::Real)?;
+        let mut headers = HeaderMap::with_capacity(request.headers.len());
+        for (name, value) in request.headers {
+            let value = HeaderValue::try_from(value).map_err(|_| invalid_header(name.as_str()))?;
+            headers.append(name, value);
+        }
+        let answer = self
+            .client
+            .request(self.config.method.clone(), request.url)
+            .headers(headers)
+            .body(request.body)
+            .send()
+            .await
+            .map_err(|error| transport_error(error, self.config.timeout))?;
+        let verdict = judge(answer.status(), answer.headers(), SystemTime::now());
+        discard(answer).await;
+        verdict
+    }
+}
+
+/// Reads the body's beginning. What comes of that changes nothing: the status is the answer.
+async fn discard(mut answer: reqwest::Response) {
+    let mut left = MAX_DISCARDED;
+    while let Ok(Some(chunk)) = answer.chunk().await {
+        match left.checked_sub(chunk.len()) {
+            Some(rest) => left = rest,
+            None => return,
+        }
+    }
+}
+
+/// What an answer means.
+fn judge(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Result<(), DeliveryError> {
+    let kind = format!("http_{}", status.as_u16());
+    let text = format!("the destination answered {status}");
+    match status.as_u16() {
+        200..=299 => Ok(()),
+        408 | 425 | 429 | 500.. => {
+            let after = headers.get(RETRY_AFTER).and_then(|value| retry_after(value, now));
+            Err(DeliveryError { verdict: Verdict::Retry { after }, ..DeliveryError::retry(kind, text) })
+        }
+        410 => Err(DeliveryError::reject("gone", format!("{text}: it wants no more events"))),
+        300..=399 => Err(DeliveryError::reject(kind, format!("{text}; redirects are not followed"))),
+        0..=199 | 400..=499 => Err(DeliveryError::reject(kind, text)),
+    }
+}
+
+/// `Retry-After` as seconds or as an HTTP date.
+fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
+    let value = value.to_str().ok()?.trim();
+    let after = match value.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default(),
+    };
+    Some(after.min(MAX_RETRY_AFTER))
+}
+
+fn transport_error(error: reqwest::Error, timeout: Duration) -> DeliveryError {
+    if error.is_timeout() {
+        let timeout = humantime::format_duration(timeout);
+        return DeliveryError::retry("timeout", format!("the destination did not answer within {timeout}"));
+    }
+    if error.is_builder() {
+        return DeliveryError::reject("invalid_request", "no HTTP request can be made of this event");
+    }
+    let connecting = error.is_connect();
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut refused = false;
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        refused |= error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+        cause = error.source();
+    }
+    let kind = match (refused, connecting) {
+        (true, _) => "refused",
+        (false, true) => "connect",
+        (false, false) => "transport",
+    };
+    DeliveryError::retry(kind, text)
+}
+
+fn invalid_header(name: &str) -> DeliveryError {
+    DeliveryError::reject("invalid_header", format!("the header {name} cannot hold this value"))
+}
+
+fn parse_method(text: &str) -> Result<Method, String> {
+    match Method::from_bytes(text.as_bytes()) {
+        Ok(Method::CONNECT | Method::TRACE | Method::HEAD) | Err(_) => {
+            Err(format!("{text:?} is not a method that can carry an event"))
+        }
+        Ok(method) if method.as_str().chars().any(|c| c.is_ascii_lowercase()) => {
+            Err(format!("methods are case-sensitive; did you mean {:?}?", text.to_ascii_uppercase()))
+        }
+        Ok(method) => Ok(method),
+    }
+}
+
+fn check_header_name(name: &str) -> Option<String> {
+    if name.parse::<HeaderName>().is_err() {
+        Some(format!("{name:?} is not a header name"))
+    } else if FRAMING.contains(&name.to_ascii_lowercase().as_str()) {
+        Some(format!("{name:?} cannot be set: it belongs to the connection"))
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests;
