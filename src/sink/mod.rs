@@ -11,6 +11,7 @@
 //! A new sink is a file like the ones here, a variant of [`Config`] and of [`Client`], and their match arms below.
 
 mod http;
+mod kafka;
 mod metadata;
 mod signing;
 mod stdout;
@@ -32,6 +33,7 @@ use crate::template::{Escape, Template};
 #[expect(missing_docs, reason = "each is the sink of that type")]
 pub enum Config {
     Http(http::Config),
+    Kafka(kafka::Config),
     Stdout(stdout::Config),
 }
 
@@ -40,6 +42,7 @@ pub enum Config {
 #[serde(rename_all = "lowercase")]
 enum Type {
     Http,
+    Kafka,
     Stdout,
 }
 
@@ -49,6 +52,7 @@ impl Config {
     pub fn read(section: &mut Section<'_>) -> Option<Self> {
         match section.require::<Type>("type")? {
             Type::Http => http::Config::read(section).map(Self::Http),
+            Type::Kafka => kafka::Config::read(section).map(Self::Kafka),
             Type::Stdout => stdout::Config::read(section).map(Self::Stdout),
         }
     }
@@ -57,6 +61,7 @@ impl Config {
     pub fn type_name(&self) -> &'static str {
         match self {
             Self::Http(_) => "http",
+            Self::Kafka(_) => "kafka",
             Self::Stdout(_) => "stdout",
         }
     }
@@ -65,6 +70,7 @@ impl Config {
     pub fn default_concurrency(&self) -> usize {
         match self {
             Self::Http(_) | Self::Stdout(_) => 64,
+            Self::Kafka(_) => 1024,
         }
     }
 
@@ -77,6 +83,7 @@ impl Config {
         let now = SystemTime::now();
         match self {
             Self::Http(config) => config.preview(event, attempt, now),
+            Self::Kafka(config) => config.preview(event, attempt, now),
             Self::Stdout(_) => Ok(stdout::preview(name, event, attempt)),
         }
     }
@@ -88,6 +95,7 @@ pub struct Sink(Arc<Client>);
 
 enum Client {
     Http(http::Http),
+    Kafka(kafka::Kafka),
     Stdout(stdout::Stdout),
 }
 
@@ -102,6 +110,7 @@ impl Sink {
         tls::install_crypto_provider();
         Ok(Self(Arc::new(match config {
             Config::Http(config) => Client::Http(http::Http::build(config.clone())?),
+            Config::Kafka(config) => Client::Kafka(kafka::Kafka::build(name, config.clone())?),
             Config::Stdout(_) => Client::Stdout(stdout::Stdout::new(name)),
         })))
     }
@@ -115,6 +124,7 @@ impl Sink {
     pub async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
         match &*self.0 {
             Client::Http(sink) => sink.deliver(event, attempt).await,
+            Client::Kafka(sink) => sink.deliver(event, attempt).await,
             Client::Stdout(sink) => sink.deliver(event, attempt).await,
         }
     }
@@ -123,6 +133,7 @@ impl Sink {
     pub async fn close(&self) {
         match &*self.0 {
             Client::Http(_) | Client::Stdout(_) => {}
+            Client::Kafka(sink) => sink.close().await,
         }
     }
 }

@@ -1,0 +1,152 @@
+//! A librdkafka producer that is replaced when it has failed for good.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::ClientContext;
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
+use tracing::{debug, info, warn};
+
+use super::Record;
+use super::verdict::SendError;
+
+/// How long [`Producer::close`] waits for what is on its way.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many records share a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Batching {
+    Many,
+    One,
+}
+
+/// A producer, made when it is first needed. An idempotent producer that can no longer keep its promise fails every
+/// record from then on ("fatal"), so that it has to be made anew.
+pub(super) struct Producer {
+    config: ClientConfig,
+    log: Log,
+    state: Mutex<State>,
+}
+
+enum State {
+    Unmade,
+    Made(FutureProducer<Log>),
+    Closed,
+}
+
+impl Producer {
+    pub(super) fn new(sink: &str, config: ClientConfig) -> Self {
+        Self { config, log: Log { sink: sink.to_owned() }, state: Mutex::new(State::Unmade) }
+    }
+
+    /// Makes the producer now, so that a mistake in its settings shows at the start.
+    pub(super) fn prepare(&self) -> KafkaResult<()> {
+        self.current().map(drop)
+    }
+
+    /// Sends one record and awaits its delivery report, which librdkafka gives within the message time-out.
+    pub(super) async fn send(&self, record: &Record) -> Result<(), SendError> {
+        let producer = self.current().map_err(|error| match error {
+            KafkaError::Canceled => SendError::Closed,
+            error => SendError::Local(code_of(&error)),
+        })?;
+        let mut message = FutureRecord::to(&record.topic).payload(&*record.body).headers(headers(record));
+        if let Some(key) = &record.key {
+            message = message.key(key);
+        }
+        let result = match producer.send_result(message) {
+            Ok(report) => match report.await {
+                Ok(Ok(_accepted)) => Ok(()),
+                Ok(Err((error, _message))) => Err(SendError::Report(code_of(&error))),
+                Err(_canceled) => Err(SendError::Closed),
+            },
+            Err((error, _message)) => Err(SendError::Local(code_of(&error))),
+        };
+        if result.is_err() {
+            self.replace_failed(producer);
+        }
+        result
+    }
+
+    /// Waits for the reports of what was sent, a few seconds at most, and lets go of the producer.
+    pub(super) async fn close(&self) {
+        let state = std::mem::replace(&mut *self.lock(), State::Closed);
+        let State::Made(producer) = state else { return };
+        let flush = tokio::task::spawn_blocking(move || producer.flush(FLUSH_TIMEOUT));
+        if let Ok(Err(error)) = flush.await {
+            warn!(sink = self.log.sink, %error, "some records were not acknowledged before the producer was closed");
+        }
+    }
+
+    /// The producer, made now if need be; `Canceled` after [`Producer::close`].
+    fn current(&self) -> KafkaResult<FutureProducer<Log>> {
+        let mut state = self.lock();
+        match &*state {
+            State::Made(producer) => Ok(producer.clone()),
+            State::Closed => Err(KafkaError::Canceled),
+            State::Unmade => {
+                let producer = FutureProducer::from_config_and_context(&self.config, self.log.clone())?;
+                *state = State::Made(producer.clone());
+                Ok(producer)
+            }
+        }
+    }
+
+    fn replace_failed(&self, producer: FutureProducer<Log>) {
+        let Some((code, reason)) = producer.client().fatal_error() else { return };
+        let failed = |client: &FutureProducer<Log>| client.client().fatal_error().is_some();
+        let mut state = self.lock();
+        let old = match &*state {
+            State::Made(current) if failed(current) => std::mem::replace(&mut *state, State::Unmade),
+            State::Made(_) | State::Unmade | State::Closed => return,
+        };
+        drop(state);
+        warn!(sink = self.log.sink, %code, reason, "the producer failed for good and is made anew");
+        // The last one to let go waits for librdkafka's threads.
+        tokio::task::spawn_blocking(move || drop((old, producer)));
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn headers(record: &Record) -> OwnedHeaders {
+    let headers = OwnedHeaders::new_with_capacity(record.headers.len());
+    record.headers.iter().fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
+}
+
+fn code_of(error: &KafkaError) -> RDKafkaErrorCode {
+    error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)
+}
+
+/// librdkafka's log as ours. It reconnects by itself, so that nothing it says is more than a warning.
+#[derive(Clone)]
+pub(super) struct Log {
+    sink: String,
+}
+
+impl ClientContext for Log {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        let sink = &self.sink;
+        match level {
+            RDKafkaLogLevel::Emerg
+            | RDKafkaLogLevel::Alert
+            | RDKafkaLogLevel::Critical
+            | RDKafkaLogLevel::Error
+            | RDKafkaLogLevel::Warning => warn!(sink, facility, message, "librdkafka"),
+            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => info!(sink, facility, message, "librdkafka"),
+            RDKafkaLogLevel::Debug => debug!(sink, facility, message, "librdkafka"),
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        warn!(sink = self.sink, %error, reason, "librdkafka reports an error");
+    }
+
+    fn stats_raw(&self, _statistics: &[u8]) {}
+}
