@@ -13,6 +13,7 @@
 mod http;
 mod kafka;
 mod metadata;
+mod rabbitmq;
 mod signing;
 mod stdout;
 mod tls;
@@ -34,6 +35,7 @@ use crate::template::{Escape, Template};
 pub enum Config {
     Http(http::Config),
     Kafka(kafka::Config),
+    RabbitMq(rabbitmq::Config),
     Stdout(stdout::Config),
 }
 
@@ -43,6 +45,7 @@ pub enum Config {
 enum Type {
     Http,
     Kafka,
+    RabbitMq,
     Stdout,
 }
 
@@ -53,6 +56,7 @@ impl Config {
         match section.require::<Type>("type")? {
             Type::Http => http::Config::read(section).map(Self::Http),
             Type::Kafka => kafka::Config::read(section).map(Self::Kafka),
+            Type::RabbitMq => rabbitmq::Config::read(section).map(Self::RabbitMq),
             Type::Stdout => stdout::Config::read(section).map(Self::Stdout),
         }
     }
@@ -62,6 +66,7 @@ impl Config {
         match self {
             Self::Http(_) => "http",
             Self::Kafka(_) => "kafka",
+            Self::RabbitMq(_) => "rabbitmq",
             Self::Stdout(_) => "stdout",
         }
     }
@@ -70,7 +75,7 @@ impl Config {
     pub fn default_concurrency(&self) -> usize {
         match self {
             Self::Http(_) | Self::Stdout(_) => 64,
-            Self::Kafka(_) => 1024,
+            Self::Kafka(_) | Self::RabbitMq(_) => 1024,
         }
     }
 
@@ -84,6 +89,7 @@ impl Config {
         match self {
             Self::Http(config) => config.preview(event, attempt, now),
             Self::Kafka(config) => config.preview(event, attempt, now),
+            Self::RabbitMq(config) => config.preview(event, attempt, now),
             Self::Stdout(_) => Ok(stdout::preview(name, event, attempt)),
         }
     }
@@ -96,6 +102,7 @@ pub struct Sink(Arc<Client>);
 enum Client {
     Http(http::Http),
     Kafka(kafka::Kafka),
+    RabbitMq(rabbitmq::RabbitMq),
     Stdout(stdout::Stdout),
 }
 
@@ -111,6 +118,7 @@ impl Sink {
         Ok(Self(Arc::new(match config {
             Config::Http(config) => Client::Http(http::Http::build(config.clone())?),
             Config::Kafka(config) => Client::Kafka(kafka::Kafka::build(name, config.clone())?),
+            Config::RabbitMq(config) => Client::RabbitMq(rabbitmq::RabbitMq::build(name, config.clone())?),
             Config::Stdout(_) => Client::Stdout(stdout::Stdout::new(name)),
         })))
     }
@@ -125,6 +133,7 @@ impl Sink {
         match &*self.0 {
             Client::Http(sink) => sink.deliver(event, attempt).await,
             Client::Kafka(sink) => sink.deliver(event, attempt).await,
+            Client::RabbitMq(sink) => sink.deliver(event, attempt).await,
             Client::Stdout(sink) => sink.deliver(event, attempt).await,
         }
     }
@@ -134,6 +143,7 @@ impl Sink {
         match &*self.0 {
             Client::Http(_) | Client::Stdout(_) => {}
             Client::Kafka(sink) => sink.close().await,
+            Client::RabbitMq(sink) => sink.close().await,
         }
     }
 }
