@@ -104,6 +104,7 @@ async fn serve_http1(
     let mut stopping = false;
     loop {
         tokio::select! {
+            biased;
             result = &mut connection => return result,
             () = &mut timer => match activity.expired(limits) {
                 Expired::Not(at) => timer.as_mut().reset(at),
@@ -163,6 +164,7 @@ async fn serve_http2(
     let mut stopping = false;
     loop {
         tokio::select! {
+            biased;
             result = &mut connection => return result,
             () = &mut timer => match activity.expired(limits) {
                 Expired::Not(at) => timer.as_mut().reset(at),

@@ -1,5 +1,6 @@
 //! The one handler: from a request to an answer.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -141,9 +142,10 @@ fn accepted(ids: &[EventId]) -> Response<Full<Bytes>> {
     let mut body = String::with_capacity(10 + ids.len() * (EventId::LEN + 3));
     body.push_str("{\"ids\":[");
     for (index, id) in ids.iter().enumerate() {
-        body.push_str(if index == 0 { "\"" } else { ",\"" });
-        body.push_str(&id.to_string());
-        body.push('"');
+        let comma = if index == 0 { "" } else { "," };
+        if write!(body, "{comma}\"{id}\"").is_err() {
+            unreachable!("writing to a string does not fail");
+        }
     }
     body.push_str("]}");
     let mut response = Response::new(Full::from(body));
