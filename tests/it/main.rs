@@ -2,6 +2,10 @@
 //! one subject.
 
 #[cfg(test)]
+mod commands;
+#[cfg(test)]
+mod disk;
+#[cfg(test)]
 mod harness;
 #[cfg(test)]
 mod ingress;
