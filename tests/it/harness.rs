@@ -330,7 +330,11 @@ impl Client {
     pub(crate) async fn try_send(&self, mut request: Request<Full<Bytes>>) -> hyper::Result<Answer> {
         let exchange = async {
             let response = match self {
-                Self::Http1(sender) => sender.lock().await.send_request(request).await?,
+                Self::Http1(sender) => {
+                    let mut sender = sender.lock().await;
+                    sender.ready().await?;
+                    sender.send_request(request).await?
+                }
                 Self::Http2(sender, address) => {
                     request.headers_mut().remove("host");
                     *request.uri_mut() = format!("http://{address}{}", request.uri()).parse().unwrap();
