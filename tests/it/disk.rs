@@ -258,7 +258,7 @@ async fn try_post(relay: &Relay, number: u32) -> Option<Answer> {
 }
 
 /// The most memory that a relay may take for a backlog, in bytes: it does not grow with it.
-const BACKLOG_MEMORY: u64 = 160 << 20;
+const BACKLOG_MEMORY: u64 = 100 << 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backlog_is_read_in_bounded_memory() {
