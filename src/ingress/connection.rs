@@ -98,7 +98,6 @@ async fn serve_http1(
         .header_read_timeout(None)
         .max_buf_size(MAX_HEADER_BYTES)
         .max_headers(MAX_HEADERS)
-        .pipeline_flush(true)
         .serve_connection(io, service(handler, activity.clone()));
     let mut timer = pin!(sleep(limits.header_timeout));
     let mut stopping = false;

@@ -19,7 +19,7 @@ use crate::journal::{AppendError, Appender};
 
 /// What is written to an HTTP/1.1 connection whose request's headers have taken too long.
 pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
-    content-type: application/problem+json\r\ncontent-length: 134\r\nconnection: close\r\n\r\n\
+    content-type: application/problem+json\r\ncontent-length: 136\r\nconnection: close\r\n\r\n\
     {\"type\":\"about:blank\",\"title\":\"Request Timeout\",\"status\":408,\"detail\":\"the headers took too long; send the whole request without pause\"}";
 
 /// After a refusal this many times `max_body` are still read and thrown away, so that the sender gets to read the answer.
@@ -46,9 +46,11 @@ impl Handler {
 
     /// Answers a request. May be dropped at any time: events that were handed to the journal are stored nevertheless.
     pub(super) async fn handle(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let version = request.version();
+        let (version, is_head) = (request.version(), request.method() == Method::HEAD);
         match self.accept(request).await {
             Ok(ids) => accepted(&ids),
+            // Over HTTP/2 hyper would send the content nevertheless, which breaks the protocol.
+            Err(refusal) if is_head => refusal.into_response(self, version).map(|_| Full::default()),
             Err(refusal) => refusal.into_response(self, version),
         }
     }
