@@ -23,10 +23,12 @@ use super::{Durability, Health, Position, Segment, Shared, lock, space};
 const SUBMIT_BYTES: usize = 512 << 10;
 /// The most bytes of records that one core's requests may have waiting; beyond it appends are refused.
 const MAX_WAITING_BYTES: usize = 32 << 20;
-/// From this many waiting requests on, commits keep [`COMMIT_GAP`] apart, so that each takes more of them.
-const MANY: usize = 256;
-/// The shortest time from one commit's start to the next's while many requests wait.
-const COMMIT_GAP: Duration = Duration::from_micros(500);
+/// From this many waiting requests on, the writer lets more gather, so that each commit takes more of them.
+const MANY: usize = 32;
+/// While many requests wait and more keep coming, commits begin this far apart.
+const COMMIT_GAP: Duration = Duration::from_millis(1);
+/// How often it is looked whether more have come.
+const GATHER_STEP: Duration = Duration::from_micros(100);
 /// A buffer that has grown beyond this is not kept for the next batch.
 const KEPT_BUFFER: usize = 1 << 20;
 /// How many buffers a core keeps.
@@ -249,10 +251,12 @@ impl Queue {
             }
             state = self.filled.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
-        let early = COMMIT_GAP.saturating_sub(last_commit.elapsed());
-        if state.waiting >= MANY && !early.is_zero() && !state.closed {
+        let mut seen = 0;
+        while state.waiting >= MANY && state.waiting > seen && last_commit.elapsed() < COMMIT_GAP && !state.closed {
+            seen = state.waiting;
             drop(state);
-            std::thread::sleep(early);
+            // Not the condition variable: being woken for each batch would cost what gathering saves.
+            std::thread::sleep(GATHER_STEP);
             state = lock(&self.state);
         }
         state.waiting = 0;
