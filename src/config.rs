@@ -161,6 +161,10 @@ fn describe(error: figment::Error) -> String {
             let known: Vec<_> = expected.iter().map(|name| format!("`{name}`")).collect();
             format!("there is no setting `{field}` here; known are {}", known.join(", "))
         }
+        Kind::UnknownVariant(_, expected) => {
+            let known: Vec<_> = expected.iter().map(|name| format!("`{name}`")).collect();
+            format!("is none of {}", known.join(", "))
+        }
         Kind::MissingField(field) => format!("`{field}` is missing"),
         other => other.to_string(),
     };

@@ -226,11 +226,18 @@ impl fmt::Debug for EventId {
     }
 }
 
-/// An event of a request body, before it is stored: spans of that body.
+/// An event of a request body, before it is stored.
 #[derive(Debug)]
 pub struct Parsed<'a> {
     body: &'a str,
-    fields: [Option<Cow<'a, str>>; Field::COUNT],
+    fields: Fields,
+}
+
+/// Where an event's fields are: in the body, or, counted on behind it, among the values that had escapes in them.
+#[derive(Debug, Default)]
+struct Fields {
+    spans: [Option<Span>; Field::COUNT],
+    unescaped: String,
 }
 
 /// Takes a request body apart: one JSON object, or a non-empty array of them.
@@ -259,13 +266,18 @@ impl<'a> Parsed<'a> {
         if !body.trim_ascii_start().starts_with('{') {
             return Err(BodyError::NotObject);
         }
-        let mut fields = [const { None }; Field::COUNT];
-        collect(body, Level::Root, &mut fields)?;
+        let mut fields = Fields::default();
+        collect(body, body, Level::Root, &mut fields)?;
         Ok(Self { body, fields })
     }
 
     fn field(&self, field: Field) -> Option<&str> {
-        self.fields.get(field as usize)?.as_deref()
+        let (offset, len) = (*self.fields.spans.get(field as usize)?)?;
+        let (start, len) = (offset as usize, len as usize);
+        match start.checked_sub(self.body.len()) {
+            None => self.body.get(start..start + len),
+            Some(start) => self.fields.unescaped.get(start..start + len),
+        }
     }
 
     /// The event's id: a digest of what identifies the status change, or else of the body.
@@ -297,23 +309,11 @@ impl<'a> Parsed<'a> {
         out.extend(id.0);
         out.extend(u64::try_from(micros).unwrap_or(u64::MAX).to_le_bytes());
         out.extend(span_len(self.body.len()).to_le_bytes());
-        let mut unescaped = String::new();
-        for field in &self.fields {
-            let (offset, len) = match field {
-                None => (ABSENT, 0),
-                Some(Cow::Borrowed(text)) => {
-                    (span_len(text.as_ptr().addr() - self.body.as_ptr().addr()), span_len(text.len()))
-                }
-                Some(Cow::Owned(text)) => {
-                    let offset = self.body.len() + unescaped.len();
-                    unescaped.push_str(text);
-                    (span_len(offset), span_len(text.len()))
-                }
-            };
+        for (offset, len) in self.fields.spans.iter().map(|span| span.unwrap_or((ABSENT, 0))) {
             out.extend(offset.to_le_bytes());
             out.extend(len.to_le_bytes());
         }
-        for text in [token, traceparent, self.body, &unescaped] {
+        for text in [token, traceparent, self.body, &self.fields.unescaped] {
             out.extend_from_slice(text.as_bytes());
         }
     }
@@ -355,21 +355,20 @@ impl Level {
     }
 }
 
-type Fields<'a> = [Option<Cow<'a, str>>; Field::COUNT];
-
-/// Reads the fields of one object; of a repeated key the last counts.
-fn collect<'a>(object: &'a str, level: Level, fields: &mut Fields<'a>) -> serde_json::Result<()> {
+/// Reads the fields of one object in the body; of a repeated key the last counts.
+fn collect(body: &str, object: &str, level: Level, fields: &mut Fields) -> serde_json::Result<()> {
     let mut input = serde_json::Deserializer::from_str(object);
-    input.deserialize_map(Collector { level, fields })?;
+    input.deserialize_map(Collector { body, level, fields })?;
     input.end()
 }
 
-struct Collector<'f, 'a> {
+struct Collector<'c> {
+    body: &'c str,
     level: Level,
-    fields: &'f mut Fields<'a>,
+    fields: &'c mut Fields,
 }
 
-impl<'a> Visitor<'a> for Collector<'_, 'a> {
+impl<'a> Visitor<'a> for Collector<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -381,18 +380,34 @@ impl<'a> Visitor<'a> for Collector<'_, 'a> {
             let value: &'a RawValue = map.next_value()?;
             match slot {
                 None => {}
-                Some(Slot::Field(field)) => {
-                    if let Some(place) = self.fields.get_mut(field as usize) {
-                        *place = scalar(value.get());
-                    }
-                }
+                Some(Slot::Field(field)) => self.fields.set(field, value.get(), self.body),
                 Some(Slot::Object(level)) if value.get().starts_with('{') => {
-                    collect(value.get(), level, self.fields).map_err(serde::de::Error::custom)?;
+                    collect(self.body, value.get(), level, self.fields).map_err(serde::de::Error::custom)?;
                 }
                 Some(Slot::Object(_)) => {}
             }
         }
         Ok(())
+    }
+}
+
+impl Fields {
+    /// Notes where a field is: a string's content, or a number or boolean as it was written.
+    fn set(&mut self, field: Field, json: &str, body: &str) {
+        let in_body = |text: &str| (span_len(text.as_ptr().addr() - body.as_ptr().addr()), span_len(text.len()));
+        let span = match json.as_bytes().first() {
+            Some(b'"') if !json.contains('\\') => Some(in_body(json.trim_matches('"'))),
+            Some(b'"') => serde_json::from_str::<String>(json).ok().map(|text| {
+                let offset = body.len() + self.unescaped.len();
+                self.unescaped.push_str(&text);
+                (span_len(offset), span_len(text.len()))
+            }),
+            Some(b'{' | b'[' | b'n') | None => None,
+            Some(_) => Some(in_body(json)),
+        };
+        if let Some(place) = self.spans.get_mut(field as usize) {
+            *place = span;
+        }
     }
 }
 
@@ -413,16 +428,6 @@ impl Visitor<'_> for Level {
 
     fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
         Ok(self.slot(key))
-    }
-}
-
-/// A string's content, or a number or boolean as it was written.
-fn scalar(json: &str) -> Option<Cow<'_, str>> {
-    match json.as_bytes().first()? {
-        b'"' if !json.contains('\\') => Some(Cow::Borrowed(json.strip_prefix('"')?.strip_suffix('"')?)),
-        b'"' => serde_json::from_str(json).ok().map(Cow::Owned),
-        b'{' | b'[' | b'n' => None,
-        _ => Some(Cow::Borrowed(json)),
     }
 }
 

@@ -20,7 +20,7 @@ use crate::ingress::{Auth, AuthError, Ingress};
 use crate::journal::recovery::{Finding, Kind};
 use crate::journal::{Health, Journal, OpenError, Position, Start};
 use crate::lane::{Lane, Phase, Remains, StartAt};
-use crate::ledger::{Changes, Ledger, LedgerError};
+use crate::ledger::{Changes, Ledger, LedgerError, Opened};
 use crate::rules::Rules;
 use crate::sink::{BuildError, Sink};
 
@@ -72,7 +72,7 @@ impl Relay {
         if let Some(path) = generated {
             info!(file = %path.display(), "no token is configured; senders need the one in this file");
         }
-        let (ledger, cursors, ledger_thread) = Ledger::open(&dir.join("ledger.sqlite"))?;
+        let Opened { ledger, cursors, thread: ledger_thread } = Ledger::open(&dir.join("ledger.sqlite"))?;
         let cursors: HashMap<String, Position> = cursors.into_iter().collect();
         let of_sinks = rules.sinks.iter().filter_map(|sink| cursors.get(&sink.name)).copied();
         let floor = cursors.values().copied().max().unwrap_or(Position::ZERO);

@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 
 use serde::Deserialize;
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::filter::ParseError;
 
 /// The `[telemetry]` settings.
 #[derive(Clone, Debug, Deserialize)]
@@ -39,16 +39,18 @@ impl Default for Config {
 impl Config {
     /// What is wrong with the settings, if anything.
     pub fn problem(&self) -> Option<String> {
-        EnvFilter::try_new(&self.log).err().map(|error| format!("telemetry.log is {:?}: {error}", self.log))
+        self.filter().err().map(|error| format!("telemetry.log is {:?}: {error}", self.log))
+    }
+
+    /// lapin logs returned messages with their bodies; the sink says what an operator needs of them.
+    fn filter(&self) -> Result<EnvFilter, ParseError> {
+        EnvFilter::try_new(format!("lapin=off,{}", self.log))
     }
 
     /// Sends this process's logs to standard error. Without effect where somebody has set a subscriber already.
     pub fn init(&self) {
-        let filter = EnvFilter::try_new(&self.log).unwrap_or_default();
-        let builder = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(std::io::stderr)
-            .with_span_events(FmtSpan::NONE);
+        let filter = self.filter().unwrap_or_default();
+        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         let terminal = std::io::stderr().is_terminal();
         let json = match self.log_format {
             LogFormat::Auto => !terminal,

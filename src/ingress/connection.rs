@@ -98,12 +98,12 @@ async fn serve_http1(
         .header_read_timeout(None)
         .max_buf_size(MAX_HEADER_BYTES)
         .max_headers(MAX_HEADERS)
-        .pipeline_flush(true)
         .serve_connection(io, service(handler, activity.clone()));
     let mut timer = pin!(sleep(limits.header_timeout));
     let mut stopping = false;
     loop {
         tokio::select! {
+            biased;
             result = &mut connection => return result,
             () = &mut timer => match activity.expired(limits) {
                 Expired::Not(at) => timer.as_mut().reset(at),
@@ -163,6 +163,7 @@ async fn serve_http2(
     let mut stopping = false;
     loop {
         tokio::select! {
+            biased;
             result = &mut connection => return result,
             () = &mut timer => match activity.expired(limits) {
                 Expired::Not(at) => timer.as_mut().reset(at),

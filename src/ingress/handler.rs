@@ -1,5 +1,6 @@
 //! The one handler: from a request to an answer.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -18,7 +19,7 @@ use crate::journal::{AppendError, Appender};
 
 /// What is written to an HTTP/1.1 connection whose request's headers have taken too long.
 pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
-    content-type: application/problem+json\r\ncontent-length: 134\r\nconnection: close\r\n\r\n\
+    content-type: application/problem+json\r\ncontent-length: 136\r\nconnection: close\r\n\r\n\
     {\"type\":\"about:blank\",\"title\":\"Request Timeout\",\"status\":408,\"detail\":\"the headers took too long; send the whole request without pause\"}";
 
 /// After a refusal this many times `max_body` are still read and thrown away, so that the sender gets to read the answer.
@@ -45,9 +46,11 @@ impl Handler {
 
     /// Answers a request. May be dropped at any time: events that were handed to the journal are stored nevertheless.
     pub(super) async fn handle(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let version = request.version();
+        let (version, is_head) = (request.version(), request.method() == Method::HEAD);
         match self.accept(request).await {
             Ok(ids) => accepted(&ids),
+            // Over HTTP/2 hyper would send the content nevertheless, which breaks the protocol.
+            Err(refusal) if is_head => refusal.into_response(self, version).map(|_| Full::default()),
             Err(refusal) => refusal.into_response(self, version),
         }
     }
@@ -141,9 +144,10 @@ fn accepted(ids: &[EventId]) -> Response<Full<Bytes>> {
     let mut body = String::with_capacity(10 + ids.len() * (EventId::LEN + 3));
     body.push_str("{\"ids\":[");
     for (index, id) in ids.iter().enumerate() {
-        body.push_str(if index == 0 { "\"" } else { ",\"" });
-        body.push_str(&id.to_string());
-        body.push('"');
+        let comma = if index == 0 { "" } else { "," };
+        if write!(body, "{comma}\"{id}\"").is_err() {
+            unreachable!("writing to a string does not fail");
+        }
     }
     body.push_str("]}");
     let mut response = Response::new(Full::from(body));

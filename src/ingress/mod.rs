@@ -33,6 +33,8 @@ use handler::Handler;
 
 /// How many accepted connections may wait for a core to take them.
 const HANDOVER: usize = 128;
+/// How many connections the kernel keeps until they are accepted; it may allow fewer.
+const BACKLOG: i32 = 4096;
 /// How long accepting pauses when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -175,6 +177,8 @@ impl Ingress {
     /// The listener can't be used.
     pub async fn accept(&self, listener: StdListener) -> io::Result<()> {
         listener.set_nonblocking(true)?;
+        // The standard library asks for 128, which a balancer's burst of connections overflows.
+        rustix::net::listen(&listener, BACKLOG)?;
         let listener = TcpListener::from_std(listener)?;
         loop {
             let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return Ok(()) };

@@ -15,7 +15,7 @@ use crate::routing::{RouteId, Scratch, SinkId, Table};
 /// How much of the journal is read at once, in bytes.
 const READ_BYTES: u64 = 256 << 10;
 /// After the journal's end was reached, how long to let events gather before reading again.
-const GATHER: Duration = Duration::from_millis(2);
+const GATHER: Duration = Duration::from_millis(4);
 
 /// Reads on, and keeps the events that routes name the sink for.
 pub(super) struct Source {

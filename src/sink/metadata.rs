@@ -94,9 +94,8 @@ pub(super) fn headers(
         ("traceparent".into(), event.traceparent().into_owned()),
     ];
     if format == Format::CloudEvents {
-        let attribute = |(name, value): (&str, String)| {
-            (Cow::Owned(format!("{}{name}", binding.prefix())), binding.encode(&value))
-        };
+        let attribute =
+            |(name, value): (&str, String)| (Cow::Owned(format!("{}{name}", binding.prefix())), binding.encode(&value));
         headers.extend(attributes(event).map(attribute));
     }
     headers

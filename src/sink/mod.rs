@@ -18,8 +18,6 @@ mod signing;
 mod stdout;
 mod tls;
 
-pub(crate) use tls::install_crypto_provider;
-
 use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,6 +28,8 @@ use serde::{Deserialize, Serialize};
 use crate::document::Section;
 use crate::event::Event;
 use crate::template::{Escape, Template};
+
+pub(crate) use tls::install_crypto_provider;
 
 /// What a `[sinks.NAME]` table says, checked: everything in it can work, as far as that shows without connecting.
 #[derive(Clone, Debug)]

@@ -47,7 +47,9 @@ impl<W: AsyncWrite + Unpin> Stdout<W> {
             output.write_all(line.as_bytes()).await?;
             output.flush().await
         };
-        written.await.map_err(|error| DeliveryError::retry("write", format!("cannot write to standard output: {error}")))
+        written
+            .await
+            .map_err(|error| DeliveryError::retry("write", format!("cannot write to standard output: {error}")))
     }
 }
 

@@ -304,9 +304,15 @@ pub(crate) enum Client {
 
 impl Client {
     pub(crate) async fn http1(address: SocketAddr) -> Self {
-        let (sender, connection) = within("HTTP/1 handshake", http1::handshake(connect(address).await)).await.unwrap();
+        Self::try_http1(address).await.unwrap()
+    }
+
+    /// A connection for HTTP/1.1, if anybody takes it.
+    pub(crate) async fn try_http1(address: SocketAddr) -> Option<Self> {
+        let stream = TokioIo::new(within("a connection", TcpStream::connect(address)).await.ok()?);
+        let (sender, connection) = within("HTTP/1 handshake", http1::handshake(stream)).await.ok()?;
         tokio::spawn(connection);
-        Self::Http1(Arc::new(tokio::sync::Mutex::new(sender)))
+        Some(Self::Http1(Arc::new(tokio::sync::Mutex::new(sender))))
     }
 
     /// Without asking first: prior knowledge.
@@ -324,7 +330,11 @@ impl Client {
     pub(crate) async fn try_send(&self, mut request: Request<Full<Bytes>>) -> hyper::Result<Answer> {
         let exchange = async {
             let response = match self {
-                Self::Http1(sender) => sender.lock().await.send_request(request).await?,
+                Self::Http1(sender) => {
+                    let mut sender = sender.lock().await;
+                    sender.ready().await?;
+                    sender.send_request(request).await?
+                }
                 Self::Http2(sender, address) => {
                     request.headers_mut().remove("host");
                     *request.uri_mut() = format!("http://{address}{}", request.uri()).parse().unwrap();

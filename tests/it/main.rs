@@ -5,7 +5,11 @@
 #[cfg(test)]
 mod brokers;
 #[cfg(test)]
+mod commands;
+#[cfg(test)]
 mod crash;
+#[cfg(test)]
+mod disk;
 #[cfg(test)]
 mod everything;
 #[cfg(test)]

@@ -37,17 +37,8 @@ const MAX_IDLE: usize = 256;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 
 /// Headers that belong to the connection or the framing.
-const FRAMING: [&str; 9] = [
-    "connection",
-    "content-length",
-    "expect",
-    "host",
-    "keep-alive",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-];
+const FRAMING: [&str; 9] =
+    ["connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
 
 /// The checked settings.
 #[derive(Clone, Debug)]
@@ -63,9 +54,8 @@ pub struct Config {
 
 impl Config {
     pub(super) fn read(section: &mut Section<'_>) -> Option<Self> {
-        let target = super::require_template(section, "url").and_then(|template| {
-            Target::new(template).map_err(|problem| section.problem("url", problem)).ok()
-        });
+        let target = super::require_template(section, "url")
+            .and_then(|template| Target::new(template).map_err(|problem| section.problem("url", problem)).ok());
         let method = section.parse("method", parse_method).unwrap_or(Method::POST);
         let headers = metadata::read_headers(section, Binding::Http, check_header_name);
         for (name, template) in &headers {

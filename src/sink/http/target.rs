@@ -44,7 +44,10 @@ impl Target {
     pub(super) fn render(&self, event: &Event, view: View) -> Result<String, DeliveryError> {
         let real = View::Real.render(&self.0, event, Escape::Url);
         if has_dot_segment(&real) {
-            return Err(DeliveryError::reject("invalid_url", "a value makes a path segment \".\" or \"..\" of the URL"));
+            return Err(DeliveryError::reject(
+                "invalid_url",
+                "a value makes a path segment \".\" or \"..\" of the URL",
+            ));
         }
         Ok(match view {
             View::Real => real,
@@ -123,6 +126,6 @@ mod tests {
         check("https://example.com/.{sender_id}", "", None);
         check("https://example.com/.{sender_id}.", "", None);
         check("https://example.com/%2E{sender_id}/b", "", None);
-        check("https://example.com/x{sender_id}", "..", Some("https://example.com/x.."));
+        check("https://example.com/x{sender_id}", "..", Some("https://example.com/x%252E%252E"));
     }
 }

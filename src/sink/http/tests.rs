@@ -44,7 +44,9 @@ fn verdicts() {
     for (status, kind) in [(101, "http_101"), (301, "http_301"), (304, "http_304"), (307, "http_307")] {
         check(status, &[("retry-after", "5")], Some((Verdict::Reject, kind)));
     }
-    for (status, kind) in [(400, "http_400"), (401, "http_401"), (404, "http_404"), (413, "http_413"), (422, "http_422")] {
+    for (status, kind) in
+        [(400, "http_400"), (401, "http_401"), (404, "http_404"), (413, "http_413"), (422, "http_422")]
+    {
         check(status, &[], Some((Verdict::Reject, kind)));
     }
     check(410, &[], Some((Verdict::Reject, "gone")));
@@ -73,7 +75,10 @@ fn problems() {
     check("url = \"http://h/\"\ntls = { cert = \"x\" }", &["3: a client certificate needs its private key"]);
     check("url = \"http://h/\"\ntls = { key = \"x\" }", &["3: a private key needs its client certificate"]);
     check("url = \"http://h/\"\nformat = \"cloud\"", &["3: "]);
-    check("url = \"x\"\nmethod = \"get\"\nsigning_secret = \"x\"", &["2: not an absolute URL", "3: methods", "4: a signing"]);
+    check(
+        "url = \"x\"\nmethod = \"get\"\nsigning_secret = \"x\"",
+        &["2: not an absolute URL", "3: methods", "4: a signing"],
+    );
 }
 
 #[test]

@@ -50,7 +50,10 @@ impl Producer {
 
     /// Sends one record and awaits its delivery report, which librdkafka gives within the message time-out.
     pub(super) async fn send(&self, record: &Record) -> Result<(), SendError> {
-        let producer = self.current().map_err(|error| SendError::Local(code_of(&error)))?;
+        let producer = self.current().map_err(|error| match error {
+            KafkaError::Canceled => SendError::Closed,
+            error => SendError::Local(code_of(&error)),
+        })?;
         let mut message = FutureRecord::to(&record.topic).payload(&*record.body).headers(headers(record));
         if let Some(key) = &record.key {
             message = message.key(key);
@@ -79,6 +82,7 @@ impl Producer {
         }
     }
 
+    /// The producer, made now if need be; `Canceled` after [`Producer::close`].
     fn current(&self) -> KafkaResult<FutureProducer<Log>> {
         let mut state = self.lock();
         match &*state {

@@ -18,7 +18,10 @@ fn problems() {
     let with = |line: &str| format!("{base}{line}");
     check(base, &[]);
     check("brokers = [\"k\", \"10.0.0.1:9093\", \"[::1]:9092\"]\ntopic = \"engage.{status}\"", &[]);
-    check(&with("options = { \"compression.type\" = \"zstd\", linger.ms = 0, \"socket.keepalive.enable\" = false }"), &[]);
+    check(
+        &with("options = { \"compression.type\" = \"zstd\", linger.ms = 0, \"socket.keepalive.enable\" = false }"),
+        &[],
+    );
     check("", &["`topic` is missing", "`brokers` is missing"]);
     check("brokers = []\ntopic = \"t\"", &["2: the list of brokers is empty"]);
     for broker in ["", ":9092", "k:", "k:0", "k:99999", "k 1", "a,b", "kafka://k:9092", "a:b:1", "u@k:1"] {
@@ -33,7 +36,10 @@ fn problems() {
         check(&with(&format!("options = {{ {name:?} = \"0\" }}")), &[&format!("{name:?} cannot be set: {reason}")]);
     }
     check(&with("options = { \"no.such.thing\" = 1 }"), &["4: librdkafka does not know \"no.such.thing\""]);
-    check(&with("options = { \"compression.type\" = \"${TOKEN}\" }"), &["\"compression.type\", or not with this value"]);
+    check(
+        &with("options = { \"compression.type\" = \"${TOKEN}\" }"),
+        &["\"compression.type\", or not with this value"],
+    );
     check(&with("options = { acks = [1] }"), &["\"acks\" has to be a string, a number or a boolean"]);
 }
 

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use lapin::options::{ConfirmSelectOptions, ExchangeDeclareOptions};
@@ -63,6 +63,9 @@ impl Link {
 
     /// The connection, after waiting for a try that is under way.
     pub(super) async fn session(&self) -> Result<Arc<Session>, DeliveryError> {
+        if let State::Up(session) = &*self.state.borrow() {
+            return Ok(Arc::clone(session));
+        }
         let mut state = self.state.clone();
         let settled = state.wait_for(|state| !matches!(state, State::Connecting)).await;
         match settled.as_deref() {
@@ -100,7 +103,9 @@ impl Drop for Link {
 pub(super) struct Session {
     connection: Connection,
     jobs: mpsc::Sender<Job>,
-    exchanges: tokio::sync::Mutex<HashSet<String>>,
+    /// Exchanges that were there when they were last looked for.
+    exchanges: RwLock<HashSet<String>>,
+    looking: tokio::sync::Mutex<()>,
     _cut: Cut,
 }
 
@@ -116,11 +121,11 @@ impl Session {
     /// Makes sure that an exchange exists, on a channel of its own: publishing to a missing one closes the channel, and
     /// would fail everything that is under way on it.
     pub(super) async fn require_exchange(&self, name: &str) -> Result<(), DeliveryError> {
-        if name.is_empty() {
+        if name.is_empty() || self.knows(name) {
             return Ok(());
         }
-        let mut known = self.exchanges.lock().await;
-        if known.contains(name) {
+        let _one_at_a_time = self.looking.lock().await;
+        if self.knows(name) {
             return Ok(());
         }
         let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
@@ -132,11 +137,16 @@ impl Session {
             Some(NOT_FOUND) => DeliveryError::retry("no_exchange", "the exchange does not exist"),
             _ => DeliveryError::retry("connection_lost", format!("cannot look for the exchange: {}", describe(&error))),
         })?;
-        if known.len() == KNOWN_EXCHANGES {
-            known.clear();
+        let mut exchanges = self.exchanges.write().unwrap_or_else(PoisonError::into_inner);
+        if exchanges.len() >= KNOWN_EXCHANGES {
+            exchanges.clear();
         }
-        known.insert(name.to_owned());
+        exchanges.insert(name.to_owned());
         Ok(())
+    }
+
+    fn knows(&self, exchange: &str) -> bool {
+        self.exchanges.read().unwrap_or_else(PoisonError::into_inner).contains(exchange)
     }
 }
 
@@ -255,7 +265,8 @@ impl Dialer {
             exchanges.insert(exchange.clone());
         }
         let (jobs, receiver) = mpsc::channel(QUEUED_JOBS);
-        let session = Session { connection, jobs, exchanges: exchanges.into(), _cut: cut };
+        let looking = tokio::sync::Mutex::new(());
+        let session = Session { connection, jobs, exchanges: exchanges.into(), looking, _cut: cut };
         Ok((Arc::new(session), channel, receiver))
     }
 }

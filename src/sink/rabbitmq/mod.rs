@@ -68,6 +68,7 @@ struct Declare {
 
 impl Config {
     pub(super) fn read(section: &mut Section<'_>) -> Option<Self> {
+        let urls = read_urls(section);
         let exchange = section.template("exchange").unwrap_or_else(|| Template::literal(""));
         let routing_key = section.template("routing_key").unwrap_or_else(|| Template::literal(""));
         for (key, template) in [("exchange", &exchange), ("routing_key", &routing_key)] {
@@ -78,7 +79,6 @@ impl Config {
         if exchange.as_literal() == Some("") && routing_key.as_literal() == Some("") {
             section.problem("routing_key", "the default exchange needs a `routing_key`: the name of the queue");
         }
-        let urls = read_urls(section);
         let tls = Tls::read(section);
         if tls.is_set() && !urls.iter().any(AmqpUrl::is_tls) {
             section.problem("tls", "no URL uses TLS; write amqps://");

@@ -10,7 +10,7 @@ use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
 use lapin::options::BasicPublishOptions;
 use lapin::{Channel, Confirmation, ConnectionStatus, ErrorKind, Event};
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::confirms::{Confirms, Outcome, Returned, Settled};
 use super::{Message, short};
@@ -81,8 +81,9 @@ pub(super) async fn run(
             settle(&mut confirms, settled, unconfirmed.is_empty());
         }
     };
-    // Attempts that have got no answer by then take it for a lost connection, which it is.
-    let _: Result<(), tokio::time::error::Elapsed> = tokio::time::timeout(LAST_CALL, last_call).await;
+    if tokio::time::timeout(LAST_CALL, last_call).await.is_err() {
+        debug!(sink, "some messages were not told that the connection is lost; their attempts notice");
+    }
     ended.unwrap_or_default()
 }
 

@@ -1,0 +1,309 @@
+//! The commands, as people and scripts call them.
+
+use serde_json::Value;
+
+use crate::harness::{Receiver, Setup, TOKEN, event, eventually};
+
+const SHIPPED: &str = include_str!("../../routes.toml");
+
+/// The event of Engage's documentation.
+const SAMPLE: &str = r#"{
+  "message_id": "wamid.HBgMMzU5ODg0NjE4MTgAERgSTMwMTQ5ODY1NTFERUY0AA==",
+  "message_status": "delivered",
+  "channel":  { "channel_type": "Whatsapp", "name": "Channel Name", "sender_id": "5491122223333" },
+  "campaign": { "id": "074116ff-76f3-47b7-8be2-92f465718a3e", "name": "campaign name" },
+  "event_name": "msg_status",
+  "event_timestamp": "1687548944",
+  "recipient": { "id": "541112341234" }
+}
+"#;
+
+const TEN_MISTAKES: &str = r#"
+[sinks.a]
+type = "http"
+url = "ftp://example.com/"
+timeout = "soon"
+colour = "red"
+
+[sinks.b]
+type = "kafka"
+brokers = ["kafka-0:9092"]
+topic = "engage.{nope}"
+
+[sinks.c]
+type = "pigeon"
+
+[[routes]]
+name = "one"
+when = { sender_id = { regex = "(" } }
+to = ["a", "nowhere", "c"]
+
+[[routes]]
+name = "one"
+when = { size = "large" }
+to = ["b", "${NOT_SET_ANYWHERE}"]
+"#;
+
+#[tokio::test]
+async fn check_reports_every_mistake_with_its_place() {
+    let expected = [
+        (4, 7, "ftp"),
+        (5, 11, "duration"),
+        (6, 1, "colour"),
+        (11, 9, "nope"),
+        (14, 8, "pigeon"),
+        (18, 32, "regex"),
+        (19, 12, "nowhere"),
+        (22, 8, "name"),
+        (23, 10, "size"),
+        (24, 12, "NOT_SET_ANYWHERE"),
+    ];
+    let setup = Setup::new(TEN_MISTAKES);
+    let done = setup.run(&["check"], "").await;
+    assert_eq!(done.code, Some(64), "{done:?}");
+    for (line, column, about) in expected {
+        let place = format!("error: routes.toml:{line}:{column}: ");
+        let found = done.stdout.lines().find(|found| found.starts_with(&place));
+        assert!(found.is_some_and(|found| found.contains(about)), "{place}… {about} in\n{}", done.stdout);
+    }
+    assert_eq!(done.stdout.lines().filter(|line| line.starts_with("error: ")).count(), 10, "{}", done.stdout);
+    let done = setup.run(&["check", "--json"], "").await;
+    let report: Value = serde_json::from_str(&done.stdout).unwrap();
+    assert_eq!((done.code, &report["ok"]), (Some(64), &Value::Bool(false)));
+    assert_eq!(report["problems"].as_array().map(Vec::len), Some(10), "{report}");
+    let done = setup.run(&["run"], "").await;
+    assert_eq!(done.code, Some(64), "{done:?}");
+    assert!(done.stderr.contains("routes.toml:4:7"), "{done:?}");
+}
+
+#[tokio::test]
+async fn check_accepts_the_shipped_rules() {
+    let done = Setup::new(SHIPPED).run(&["check"], "").await;
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let done = Setup::new(SHIPPED).run(&["check", "--json"], "").await;
+    assert_eq!(serde_json::from_str::<Value>(&done.stdout).unwrap()["ok"], true, "{done:?}");
+}
+
+#[tokio::test]
+async fn bad_settings_are_named_and_their_values_are_not() {
+    async fn check(relay_toml: &str, variable: Option<(&str, &str)>, about: &str) {
+        let mut setup = Setup::new(SHIPPED);
+        setup.file("relay.toml", relay_toml);
+        if let Some((name, value)) = variable {
+            setup = setup.without("RELAY_INGRESS__AUTH__TOKENS").env(name, value);
+        }
+        for command in ["check", "run"] {
+            let done = setup.run(&[command], "").await;
+            assert_eq!(done.code, Some(64), "{relay_toml:?} {variable:?}: {done:?}");
+            let said = done.stdout + &done.stderr;
+            assert!(said.contains(about), "{about:?} is not in {said:?}");
+            assert!(!said.contains("s3cret") && !said.contains(TOKEN.1), "a value is in {said:?}");
+        }
+    }
+    check("data_dri = \"s3cret\"", None, "data_dri").await;
+    check("[ingress]\nmax_body = \"s3cret\"", None, "ingress.max_body").await;
+    check("[ingress]\nmax_body = \"12 B\"", None, "ingress.max_body").await;
+    check("[ingress.auth]\ntoken = \"s3cret\"", None, "token").await;
+    check("", Some(("RELAY_INGRESS__AUTH", "s3cret")), "auth").await;
+    check("[ingress", None, "relay.toml").await;
+    check("[journal]\nsegment = \"1MiB\"\nmax_disk = \"1MiB\"", None, "journal.max_disk").await;
+    check("[admin]\nlisten = \"0.0.0.0:9090\"", Some(("RELAY_ADMIN__LISTEN", "0.0.0.0:9090")), "admin.token").await;
+    check("", Some(("RELAY_INGRESS__MAX_BODY", "s3cret")), "max_body").await;
+    check("", Some(("RELAY_INGRES__MAX_BODY", "s3cret")), "RELAY_INGRES__MAX_BODY").await;
+    check("", Some(("RELAY_INGRESS__AUTH__TOKENS", "[{name=\"a\",valeu=\"s3cret\"}]")), "valeu").await;
+    check("", Some(("RELAY_JOURNAL__DURABILITY", "s3cret")), "durability").await;
+    let missing = Setup::new(SHIPPED).run(&["check", "--config", "nowhere.toml"], "").await;
+    assert!(missing.code == Some(64) && missing.stderr.contains("nowhere.toml"), "{missing:?}");
+    let missing = Setup::new(SHIPPED).run(&["check", "--routes", "nowhere.toml"], "").await;
+    assert!(missing.code == Some(64) && missing.stderr.contains("nowhere.toml"), "{missing:?}");
+}
+
+/// One sink of each kind, each with a secret.
+fn four_sinks() -> Setup {
+    let routes = r#"
+[sinks.crm]
+type = "http"
+url = "https://crm.example.com/whatsapp/{sender_id}"
+headers = { authorization = "Bearer ${CRM_TOKEN}" }
+signing_secret = "${CRM_SIGNING}"
+
+[sinks.analytics]
+type = "kafka"
+brokers = ["kafka-0:9092"]
+topic = "engage.{status}"
+key = "{message_id}"
+options = { "sasl.password" = "${KAFKA_PASSWORD}" }
+
+[sinks.ops]
+type = "rabbitmq"
+urls = ["${RABBITMQ_URL}"]
+exchange = "engage"
+routing_key = "{status}.{sender_id}"
+
+[sinks.screen]
+type = "stdout"
+
+[[routes]]
+name = "errors"
+when = { status = "error" }
+to = ["ops"]
+
+[[routes]]
+name = "argentina"
+when = { sender_id = "54911*", status = ["delivered", "read"], campaign_id = { exists = true } }
+to = ["crm", "analytics", "ops"]
+
+[[routes]]
+name = "everything"
+to = ["analytics", "screen"]
+final = true
+
+[[routes]]
+name = "later"
+to = ["screen"]
+"#;
+    Setup::new(routes)
+        .env("CRM_TOKEN", "s3cret-crm")
+        .env("CRM_SIGNING", "whsec_czNjcmV0LXNpZ25pbmcta2V5LWZvci10ZXN0cw==")
+        .env("KAFKA_PASSWORD", "s3cret-kafka")
+        .env("RABBITMQ_URL", "amqp://relay:s3cret-rabbit@rabbit:5672/%2f")
+}
+
+#[tokio::test]
+async fn explain_says_what_each_sink_would_be_sent() {
+    let setup = four_sinks();
+    let done = setup.run(&["explain"], SAMPLE).await;
+    assert_eq!(done.code, Some(0), "{done:?}");
+    let expected = [
+        "errors: does not match",
+        "status should be \"error\", the event has \"delivered\"",
+        "argentina: matches, to crm, analytics, ops",
+        "later: not tried, since everything is final",
+        "sink crm (by route argentina)",
+        "url: https://crm.example.com/whatsapp/5491122223333",
+        "authorization: Bearer ${CRM_TOKEN}",
+        "webhook-signature: v1,",
+        "topic: engage.delivered",
+        "key: wamid.HBgMMzU5ODg0NjE4MTgAERgSTMwMTQ5ODY1NTFERUY0AA==",
+        "exchange: engage",
+        "routing_key: delivered.5491122223333",
+        "delivery_mode: 2",
+        "sink screen (by route everything)",
+        "\"route\":\"everything\"",
+    ];
+    for text in expected {
+        assert!(done.stdout.contains(text), "{text:?} is not in\n{}", done.stdout);
+    }
+    setup.file("event.json", SAMPLE);
+    let json = setup.run(&["explain", "--json", "event.json"], "").await;
+    let explained: Value = serde_json::from_str(&json.stdout).unwrap();
+    let sinks: Vec<_> = explained[0]["sinks"].as_array().unwrap().iter().map(|sink| sink["sink"].clone()).collect();
+    assert_eq!(sinks, ["crm", "analytics", "ops", "screen"]);
+    let all = done.stdout + &done.stderr + &json.stdout + &json.stderr;
+    assert!(!all.contains("s3cret") && !all.contains("czNjcmV0"), "a secret is in {all}");
+    let bad = setup.run(&["explain"], "[]").await;
+    assert!(bad.code == Some(1) && bad.stderr.contains("array"), "{bad:?}");
+}
+
+#[tokio::test]
+async fn explain_says_the_same_as_is_sent() {
+    let receiver = Receiver::accepting().await;
+    let routes =
+        receiver.routes().replace("/\"", "/{sender_id}/{campaign_name}\"\nheaders = { x-status = \"{status}\" }");
+    let relay = Setup::new(&routes).start().await;
+    relay.post(SAMPLE).await.ids();
+    let sent = receiver.wait_for(1).await.remove(0);
+    let explained = Setup::new(&routes).run(&["explain", "--json"], SAMPLE).await;
+    let explained: Value = serde_json::from_str(&explained.stdout).unwrap();
+    let preview = &explained[0]["sinks"][0]["sent"];
+    assert_eq!(preview["target"][1], serde_json::json!(["url", receiver.url(sent.uri.path())]));
+    // These change with the time.
+    let volatile = ["webhook-timestamp", "relay-received-at"];
+    let headers = preview["headers"].as_array().unwrap();
+    assert!(headers.len() >= 7, "{headers:?}");
+    for header in headers {
+        let (name, value) = (header[0].as_str().unwrap(), header[1].as_str().unwrap());
+        assert!(
+            volatile.contains(&name) || sent.header(name) == value,
+            "{name}: {value:?}, was {:?}",
+            sent.header(name)
+        );
+    }
+}
+
+#[tokio::test]
+async fn send_posts_and_sums_up() {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&receiver.routes());
+    let relay = setup.start().await;
+    let url = relay.url();
+    let done = setup.run(&["send", "--count", "50", "--url", &url], "").await;
+    assert_eq!(done.code, Some(0), "{done:?}");
+    assert!(done.stdout.starts_with("50 accepted in ") && done.stdout.contains("latency in ms: p50 "), "{done:?}");
+    let done =
+        setup.run(&["send", "--count", "20", "--seed", "1", "--url", &url, "--json", "--acked", "acked"], "").await;
+    let summary: Value = serde_json::from_str(&done.stdout).unwrap();
+    assert_eq!((&summary["accepted"], &summary["answers"]["200"]), (&20.into(), &20.into()), "{summary}");
+    assert_eq!(std::fs::read_to_string(setup.dir().join("acked")).unwrap().lines().count(), 20);
+    let ids: std::collections::BTreeSet<_> =
+        receiver.wait_for(70).await.iter().map(|received| received.id().to_owned()).collect();
+    assert_eq!(ids.len(), 70);
+    let done = setup.run(&["send", "--count", "3", "--url", &url, "--token", "wrong", "--json"], "").await;
+    let summary: Value = serde_json::from_str(&done.stdout).unwrap();
+    assert_eq!(
+        (done.code, &summary["accepted"], &summary["answers"]["401"]),
+        (Some(1), &0.into(), &3.into()),
+        "{summary}"
+    );
+}
+
+#[tokio::test]
+async fn the_shipped_rules_work_as_shipped() {
+    let relay = Setup::new(SHIPPED).start().await;
+    let id = relay.post(SAMPLE).await.ids().remove(0);
+    eventually("a line on standard output", || !relay.stdout().is_empty()).await;
+    let line: Value = serde_json::from_str(&relay.stdout()[0]).unwrap();
+    assert_eq!(line["id"], *id);
+    assert_eq!(line["body"], serde_json::from_str::<Value>(SAMPLE).unwrap());
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn what_keeps_it_from_starting() {
+    let setup = Setup::new(SHIPPED);
+    let relay = setup.start().await;
+    let address = relay.address().to_string();
+    let done = Setup::new(SHIPPED).env("RELAY_INGRESS__LISTEN", &address).run(&["run"], "").await;
+    assert_eq!(done.code, Some(1), "{done:?}");
+    assert!(done.stderr.contains(&address) && done.stderr.contains("in use"), "{done:?}");
+    let done = setup.run(&[], "").await;
+    assert_eq!(done.code, Some(1), "{done:?}");
+    assert!(done.stderr.contains("another process uses the data directory data"), "{done:?}");
+    relay.post(event(1, "sent")).await.ids();
+    let setup = Setup::new(SHIPPED).env("RELAY_DATA_DIR", "file/data");
+    setup.file("file", "not a directory");
+    let done = setup.run(&[], "").await;
+    assert_eq!(done.code, Some(1), "{done:?}");
+    assert!(done.stderr.contains("file/data"), "{done:?}");
+}
+
+#[tokio::test]
+async fn the_command_line() {
+    let setup = Setup::new(SHIPPED);
+    let help = setup.run(&["--help"], "").await;
+    assert_eq!(help.code, Some(0), "{help:?}");
+    for text in
+        ["Examples:", "engage-relay check", "engage-relay explain", "engage-relay send", "RELAY_INGRESS__LISTEN"]
+    {
+        assert!(help.stdout.contains(text), "{text:?} is not in\n{}", help.stdout);
+    }
+    for command in ["run", "check", "explain", "send"] {
+        let help = setup.run(&[command, "--help"], "").await;
+        assert!(help.code == Some(0) && help.stdout.contains("Usage: engage-relay"), "{help:?}");
+    }
+    for wrong in [&["--unknown"][..], &["fly"], &["send", "--count", "many"]] {
+        let done = setup.run(wrong, "").await;
+        assert_eq!(done.code, Some(2), "{done:?}");
+        assert!(done.stderr.contains("--help"), "{done:?}");
+    }
+}
