@@ -6,7 +6,8 @@
 //! - Every event that the routes name the sink for is delivered at least once, or becomes a dead letter.
 //! - Deliveries with one key are made one after the other, in the order of the journal, also across retries.
 //! - The cursor never passes an event that is not settled. It is written a few times a second and at the end, so that a
-//!   crash repeats at most what was settled since, and a clean stop repeats nothing.
+//!   crash repeats at most what was settled since. A clean stop repeats nothing, unless a failed delivery waits for its
+//!   next attempt: then what was delivered after it.
 //! - Memory does not depend on the backlog: what was read and is not settled is bounded in number and bytes.
 //!
 //! `order` and `window` keep the books, `retry` and `breaker` decide; all four are pure. A lane does not know what kind of
@@ -48,6 +49,8 @@ use window::{Ticket, Window};
 /// The most events between the cursor and what was read last, and the most bytes of them that are not settled.
 const MAX_WINDOW: usize = 20_000;
 const MAX_WINDOW_BYTES: usize = 32 << 20;
+/// With more deliveries that have failed than this, the lane of a failing sink does not read on for others to probe with.
+const MAX_FAILED_PROBES: usize = 64;
 /// How often the cursor is written.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 /// How long to wait after the journal could not be read or the ledger not written.
@@ -60,7 +63,7 @@ const WARN_INTERVAL: Duration = Duration::from_secs(5);
 pub enum Phase {
     /// Go on.
     Running,
-    /// Begin nothing new, and end when what is under way has finished.
+    /// Begin nothing that could as well be left to the next process, and end when what is under way has finished.
     Finishing,
     /// End now; what is under way is dropped, and will be repeated.
     Ending,
@@ -87,6 +90,8 @@ pub struct Lane {
     /// Failed, and wait for their next attempt. Their keys wait with them.
     waiting: BinaryHeap<Reverse<Waiting>>,
     under_way: FuturesUnordered<BoxFuture<'static, Ended>>,
+    /// Higher than the ticket of any delivery that was attempted.
+    attempted_to: Ticket,
     breaker: Breaker,
     dead: Vec<DeadLetter>,
     settled: Position,
@@ -151,6 +156,7 @@ impl Lane {
             ready: VecDeque::new(),
             waiting: BinaryHeap::new(),
             under_way: FuturesUnordered::new(),
+            attempted_to: 0,
             breaker: Breaker::new(config.breaker),
             config,
             dead: Vec::new(),
@@ -166,25 +172,29 @@ impl Lane {
         let mut settling: Option<Settling> = None;
         loop {
             let now = *phase.borrow();
-            if now == Phase::Ending || (now == Phase::Finishing && self.under_way.is_empty()) {
-                break;
+            match now {
+                Phase::Running => self.begin_attempts(),
+                Phase::Finishing => self.begin_last_attempts(),
+                Phase::Ending => break,
             }
             let running = now == Phase::Running;
-            if running {
-                self.begin_attempts();
+            if !running && self.under_way.is_empty() {
+                break;
             }
             let wake = self.next_wake();
             tokio::select! {
+                // What comes first may hold up what comes after it. There is always something under way while a backlog is
+                // worked off, and the cursor has to be written then too.
                 biased;
                 changed = phase.changed() => if changed.is_err() { break },
-                Some(ended) = self.under_way.next() => self.finish(ended),
                 outcome = pending_or(settling.as_mut()) => {
                     settling = None;
                     self.settle_ended(outcome);
                 }
                 _ = ticks.tick(), if settling.is_none() && self.has_to_settle() => settling = Some(self.settle()),
-                () = sleep_until(wake.unwrap_or_else(Instant::now).into()), if running && wake.is_some() => {}
                 batch = self.source.next(), if running && self.wants_more() => self.admit(batch),
+                Some(ended) = self.under_way.next() => self.finish(ended),
+                () = sleep_until(wake.unwrap_or_else(Instant::now).into()), if running && wake.is_some() => {}
             }
         }
         self.end(settling).await
@@ -218,14 +228,33 @@ impl Lane {
                 self.attempt(delivery);
             }
         } else if self.under_way.len() < self.config.concurrency && (!self.ready.is_empty() || !self.waiting.is_empty()) && self.breaker.begin_probe(now) {
-            let probe = self.ready.pop_front().or_else(|| self.waiting.pop().map(|Reverse(waiting)| waiting.delivery));
-            if let Some(delivery) = probe {
+            if let Some(delivery) = self.next_probe() {
                 self.attempt(delivery);
             }
         }
     }
 
+    /// A delivery that has not failed yet, if there is one: those that have may be the only ones that the sink refuses.
+    fn next_probe(&mut self) -> Option<Delivery> {
+        let untried = self.ready.iter().position(|delivery| delivery.failures == 0);
+        let ready = self.ready.remove(untried.unwrap_or(0));
+        ready.or_else(|| self.waiting.pop().map(|Reverse(waiting)| waiting.delivery))
+    }
+
+    /// Starts only what was read before something that was attempted already: the cursor can't pass it, and what comes
+    /// after it would be repeated. The rest is read again by the next process.
+    fn begin_last_attempts(&mut self) {
+        self.ready.retain(|delivery| delivery.ticket < self.attempted_to);
+        while self.breaker.is_closed()
+            && self.under_way.len() < self.config.concurrency
+            && let Some(delivery) = self.ready.pop_front()
+        {
+            self.attempt(delivery);
+        }
+    }
+
     fn attempt(&mut self, delivery: Delivery) {
+        self.attempted_to = self.attempted_to.max(delivery.ticket + 1);
         let sink = self.sink.clone();
         self.under_way.push(Box::pin(async move {
             let attempt = Attempt { number: delivery.failures + 1, route: delivery.route.name() };
@@ -243,12 +272,18 @@ impl Lane {
         self.breaker.probe_at().filter(|_| has_candidate)
     }
 
-    /// Whether to read on: there is room, and soon nothing left to begin.
+    /// Whether to read on: there is room, and soon nothing left to begin. While the breaker is open, only for a probe that
+    /// has not failed yet.
     fn wants_more(&self) -> bool {
-        (self.breaker.is_closed() || (self.ready.is_empty() && self.waiting.is_empty() && self.under_way.is_empty()))
-            && self.ready.len() < self.config.concurrency
-            && self.window.len() < MAX_WINDOW
-            && self.window.bytes() < MAX_WINDOW_BYTES
+        let wanted = match self.breaker.is_closed() {
+            true => self.ready.len() < self.config.concurrency,
+            false => {
+                self.under_way.is_empty()
+                    && self.ready.len() + self.waiting.len() < MAX_FAILED_PROBES
+                    && self.ready.iter().all(|delivery| delivery.failures > 0)
+            }
+        };
+        wanted && self.window.len() < MAX_WINDOW && self.window.bytes() < MAX_WINDOW_BYTES
     }
 
     /// Takes what was read from the journal.
@@ -303,7 +338,7 @@ impl Lane {
                     }
                     let due = now + self.config.backoff.wait(delivery.failures, rand::random(), after);
                     self.waiting.push(Reverse(Waiting { due, delivery }));
-                    self.breaker.failed(now)
+                    if error.is_of_event() { self.breaker.succeeded() } else { self.breaker.failed(now) }
                 }
                 Verdict::Reject => {
                     self.bury(&delivery, &error);

@@ -188,6 +188,11 @@ impl DeliveryError {
         Self { verdict: Verdict::Retry { after: None }, kind: kind.into(), text: text.into() }
     }
 
+    /// Whether the sink is there and only this event's place in it is missing: no reason to hold other events back.
+    pub fn is_of_event(&self) -> bool {
+        matches!(&*self.kind, "no_exchange" | "unknown_topic")
+    }
+
     fn reject(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
         Self { verdict: Verdict::Reject, kind: kind.into(), text: text.into() }
     }

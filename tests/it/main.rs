@@ -1,11 +1,30 @@
-//! The real program, from outside: real sockets, real files, real signals. `harness` runs it; each other file is about
+//! The real program, from outside: real sockets, real files, real signals, real brokers. `harness` runs it, `brokers` and
+//! `load` are what it stands between, `outage` and `rejections` what several sinks are put to; each other file is about
 //! one subject.
 
 #[cfg(test)]
+mod brokers;
+#[cfg(test)]
 mod commands;
 #[cfg(test)]
+mod crash;
+#[cfg(test)]
 mod disk;
+#[cfg(test)]
+mod everything;
 #[cfg(test)]
 mod harness;
 #[cfg(test)]
 mod ingress;
+#[cfg(test)]
+mod kafka;
+#[cfg(test)]
+mod lanes;
+#[cfg(test)]
+mod load;
+#[cfg(test)]
+mod outage;
+#[cfg(test)]
+mod rabbitmq;
+#[cfg(test)]
+mod rejections;

@@ -1,0 +1,117 @@
+//! The `rabbitmq` sink against a real broker.
+
+use std::time::{Duration, Instant};
+
+use crate::brokers::{Amqp, AmqpReader, Kind, OwnBroker, receiver, shared_amqp, unique};
+use crate::harness::{Reply, Setup, event, eventually};
+use crate::load::{Load, latencies};
+use crate::outage;
+use crate::rejections::Rejections;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_may_be_absent_stop_and_be_killed() {
+    let broker = OwnBroker::start(Kind::RabbitMq).await;
+    let (url, name) = (broker.address(), unique("outage"));
+    Amqp::declare(&url, &name, &name).await;
+    broker.stop().await;
+    let reader = AmqpReader::new(&url, &name);
+    let sink = format!("type = \"rabbitmq\"\nurls = [\"{url}\"]\nexchange = \"{name}\"\nrouting_key = \"{{status}}\"");
+    outage::walk(&broker, &sink, &reader.inbox).await;
+    drop(reader);
+    a_memory_alarm_slows_and_repeats_nothing(&broker).await;
+}
+
+/// The broker blocks publishers for longer than an attempt may take: that is slow, and not gone.
+async fn a_memory_alarm_slows_and_repeats_nothing(broker: &OwnBroker) {
+    let (url, name) = (broker.address(), unique("alarm"));
+    Amqp::declare(&url, &name, &name).await;
+    let reader = AmqpReader::new(&url, &name);
+    let (server, http) = receiver(|_| Reply::Status(200)).await;
+    let rules = format!(
+        "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{url}\"]\nexchange = \"{name}\"\nrouting_key = \"{{status}}\"\n\
+         timeout = \"1s\"\n[sinks.http]\ntype = \"http\"\nurl = \"{}\"\n\
+         [[routes]]\nname = \"all\"\nto = [\"ops\", \"http\"]\n",
+        server.url("/")
+    );
+    let relay = Setup::new(&rules).start().await;
+    let load = Load::new(4, Duration::from_millis(20));
+    load.to(Some(relay.address()));
+    let events = load.more(100).await;
+    let before = latencies("HTTP, before the memory alarm", &events, &http).await;
+    reader.inbox.wait_for_ids("RabbitMQ", events.into_iter().map(|acked| acked.id)).await;
+
+    broker.ctl(&["set_vm_memory_high_watermark", "0.00000001"]).await;
+    eventually("the broker to block", || !relay.logged("the broker blocks publishers").is_empty()).await;
+    let (since, arrived) = (Instant::now(), reader.inbox.now().all.len());
+    let mut events = load.more(200).await;
+    while since.elapsed() < Duration::from_secs(4) {
+        events.extend(load.more(1).await);
+    }
+    let during = latencies("HTTP, during the memory alarm", &events, &http).await;
+    let blocked = reader.inbox.now().all.len();
+    broker.ctl(&["set_vm_memory_high_watermark", "0.4"]).await;
+    load.more(50).await;
+
+    let posted = load.stop().await;
+    let at_broker = reader.inbox.wait_for_ids("RabbitMQ after the alarm", posted.ids()).await;
+    http.wait_for_ids("HTTP", posted.ids()).await;
+    let log = relay.stop().await;
+    posted.check("RabbitMQ", &at_broker);
+    posted.check("HTTP", &http.now());
+    let failed: Vec<_> = log.iter().filter(|line| line["message"] == "attempt failed").collect();
+    assert!(failed.is_empty(), "a broker that blocks is slow, and not gone: {failed:#?}");
+    assert_eq!(reader.inbox.now().repeated(), 0, "a message came twice");
+    assert!(blocked < arrived + events.len() / 2, "there was no alarm: {arrived} before it, {blocked} during it");
+    let limit = before.1 * 5 + Duration::from_millis(500);
+    assert!(during.1 < limit, "HTTP is delayed during the alarm: {during:?}; before: {before:?}");
+}
+
+#[tokio::test]
+async fn an_unroutable_message_is_rejected_alone() {
+    let (url, name) = (shared_amqp(), unique("unroutable"));
+    let amqp = Amqp::connect(&url).await;
+    amqp.declare_exchange(&name).await;
+    amqp.declare_queue(&name, &name, "read.*").await;
+    let reader = AmqpReader::new(&url, &name);
+    let rules = format!(
+        "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{url}\"]\nexchange = \"{name}\"\n\
+         routing_key = \"{{status}}.{{sender_id}}\"\n[[routes]]\nname = \"all\"\nto = [\"ops\"]\n"
+    );
+    let mut rejections = Rejections::new(Setup::new(&rules), "ops", "unroutable").await;
+    for number in 0..50 {
+        rejections.post_hopeless(&event(number, "sent")).await;
+        rejections.post_good(&event(number, "read")).await;
+    }
+    rejections.check(&reader.inbox).await;
+}
+
+#[tokio::test]
+async fn a_missing_exchange_holds_up_no_other_and_gets_its_events_when_it_is_declared() {
+    let (url, name) = (shared_amqp(), unique("missing"));
+    let exchanges = ["one", "two"].map(|exchange| format!("{name}.{exchange}"));
+    Amqp::declare(&url, &exchanges[0], &exchanges[0]).await;
+    let one = AmqpReader::new(&url, &exchanges[0]);
+    let rules = format!(
+        "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{url}\"]\nexchange = \"{name}.{{status}}\"\nrouting_key = \"x\"\n\
+         delivery = {{ backoff = {{ initial = \"50ms\", max = \"200ms\" }} }}\n\
+         [[routes]]\nname = \"all\"\nto = [\"ops\"]\n"
+    );
+    let relay = Setup::new(&rules).start().await;
+    for number in 0..30 {
+        relay.post(event(number, "two")).await.ids();
+    }
+    // Those fail over and over by now, with nothing else to do for the sink.
+    eventually("a third attempt", || relay.logged("attempt failed").len() > 1).await;
+    for number in 100..110 {
+        let posted = Instant::now();
+        let ids = relay.post(event(number, "one")).await.ids();
+        one.inbox.wait_for_ids("the exchange that is there", ids).await;
+        let took = posted.elapsed();
+        assert!(took < Duration::from_secs(2), "held up for {took:?} by the exchange that is missing");
+    }
+    Amqp::declare_at_once(&url, &exchanges[1]).await;
+    let two = AmqpReader::new(&url, &exchanges[1]);
+    two.inbox.wait_for_events("the exchange that was missing", 30).await;
+    relay.stop().await;
+    assert_eq!((one.inbox.now().repeated(), two.inbox.now().repeated()), (0, 0));
+}

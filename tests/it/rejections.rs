@@ -1,0 +1,65 @@
+//! Events that a sink can never take, among others: each ends once in a clear line of the log, and holds up nothing.
+
+use crate::brokers::Inbox;
+use crate::harness::{Relay, Setup, eventually};
+
+const REJECTED: &str = "delivery rejected; it is a dead letter now";
+
+/// A relay, and what was posted to it.
+pub(crate) struct Rejections {
+    setup: Setup,
+    relay: Relay,
+    sink: &'static str,
+    kind: &'static str,
+    good: Vec<String>,
+    hopeless: Vec<String>,
+}
+
+impl Rejections {
+    /// Starts the relay. The sink is to reject events with this kind of error.
+    pub(crate) async fn new(setup: Setup, sink: &'static str, kind: &'static str) -> Self {
+        let relay = setup.start().await;
+        Self { setup, relay, sink, kind, good: Vec::new(), hopeless: Vec::new() }
+    }
+
+    /// Posts an event that the sink is to take.
+    pub(crate) async fn post_good(&mut self, body: &str) {
+        self.good.extend(self.relay.post(body.to_owned()).await.ids());
+    }
+
+    /// Posts an event that the sink is to reject.
+    pub(crate) async fn post_hopeless(&mut self, body: &str) {
+        self.hopeless.extend(self.relay.post(body.to_owned()).await.ids());
+    }
+
+    /// Checks what came of it, also after a restart.
+    pub(crate) async fn check(self, inbox: &Inbox) {
+        let Self { setup, relay, sink, kind, good, hopeless } = self;
+        inbox.wait_for_ids(sink, good.iter().cloned()).await;
+        eventually("a line in the log for each", || relay.logged(REJECTED).len() >= hopeless.len()).await;
+        let log = relay.stop().await;
+        let lines = log.iter().filter(|line| line["message"] == REJECTED);
+        let mut named: Vec<_> = lines
+            .map(|line| {
+                assert_eq!(
+                    (&line["level"], &line["sink"], &line["kind"]),
+                    (&"ERROR".into(), &sink.into(), &kind.into()),
+                    "{line}"
+                );
+                line["event_id"].as_str().expect("an event id").to_owned()
+            })
+            .collect();
+        named.sort();
+        let mut expected = hopeless;
+        expected.sort();
+        assert_eq!(named, expected, "one line for each");
+        let failed: Vec<_> = log.iter().filter(|line| line["message"] == "attempt failed").collect();
+        assert!(failed.is_empty(), "{failed:#?}");
+
+        let again = setup.start().await;
+        let log = again.stop().await;
+        assert!(log.iter().all(|line| line["message"] != REJECTED), "{log:#?}");
+        let arrived = inbox.now();
+        assert_eq!((arrived.all.len(), arrived.ids.len()), (good.len(), good.len()), "each once, and no other");
+    }
+}
