@@ -235,13 +235,13 @@ impl<P: Provider> Provider for Resolved<'_, P> {
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         let mut data = self.inner.data()?;
         for dict in data.values_mut() {
-            resolve_dict(dict, self.lookup, &mut Vec::new())?;
+            resolve_dict(dict, self.lookup, &mut Vec::new()).map_err(|error| *error)?;
         }
         Ok(data)
     }
 }
 
-fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), figment::Error> {
+fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), Box<figment::Error>> {
     dict.iter_mut().try_for_each(|(key, value)| {
         path.push(key.clone());
         resolve_value(value, lookup, path)?;
@@ -250,14 +250,14 @@ fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) ->
     })
 }
 
-fn resolve_value(value: &mut Value, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), figment::Error> {
+fn resolve_value(value: &mut Value, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), Box<figment::Error>> {
     match value {
         Value::String(_, text) => match resolve(text, lookup) {
             Ok(resolved) => *text = resolved,
             Err(problems) => {
                 let mut error = figment::Error::from(problems.join("; "));
                 error.path.clone_from(path);
-                return Err(error);
+                return Err(Box::new(error));
             }
         },
         Value::Dict(_, dict) => resolve_dict(dict, lookup, path)?,
