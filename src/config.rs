@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use figment::error::{Actual, Kind};
-use figment::providers::{Env, Format as _, Toml};
+use figment::providers::{Format as _, Toml};
+use figment::util::nest;
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 use serde::Deserialize;
@@ -100,15 +101,25 @@ impl Config {
         if let Some(missing) = file.filter(|path| !path.exists()) {
             return Err(ConfigError(vec![format!("{}: there is no such file", missing.display())]));
         }
+        let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
+        let variables = std::env::vars_os().map(|(name, value)| (lossy(name), lossy(value)));
+        Self::compose(path.exists().then_some(path), variables, lookup)
+    }
+
+    /// The settings from a file and variables, whatever those of this process are.
+    fn compose(
+        file: Option<&Path>,
+        variables: impl Iterator<Item = (String, String)>,
+        lookup: &dyn Lookup,
+    ) -> Result<(Self, Vec<String>), ConfigError> {
         let mut warnings = Vec::new();
-        check_variables(&mut warnings)?;
-        let toml = Resolved { inner: Toml::file_exact(file.unwrap_or(Path::new(DEFAULT_FILE))), lookup };
-        let known = |key: &figment::value::UncasedStr| is_setting(key.as_str());
-        let env = Resolved { inner: Env::prefixed(PREFIX).filter(known).split(LEVEL), lookup };
-        let figment = Figment::new();
-        let figment = if toml_exists(file) { figment.merge(toml) } else { figment };
-        let figment = figment.merge(env);
-        let config: Self = figment.extract().map_err(|errors| ConfigError(errors.into_iter().map(describe).collect()))?;
+        let variables = settings(variables, &mut warnings)?;
+        let toml = file.map(|path| Resolved { inner: Toml::file_exact(path), lookup });
+        let figment = toml.map_or_else(Figment::new, Figment::from);
+        let figment = variables.into_iter().fold(figment, |figment, inner| figment.merge(Resolved { inner, lookup }));
+        let config: Self =
+            figment.extract().map_err(|errors| ConfigError(errors.into_iter().map(describe).collect()))?;
         config.check(&mut warnings)?;
         Ok((config, warnings))
     }
@@ -128,43 +139,60 @@ impl Config {
     }
 }
 
-fn toml_exists(file: Option<&Path>) -> bool {
-    file.unwrap_or(Path::new(DEFAULT_FILE)).exists()
+/// A variable that is a setting: the key with its levels, and the value.
+struct Variable {
+    key: String,
+    value: String,
 }
 
-fn is_setting(key: &str) -> bool {
-    let top = key.split(LEVEL).next().unwrap_or_default();
-    TABLES.iter().any(|table| table.eq_ignore_ascii_case(top))
-}
-
-/// A misspelt setting is an error. Other `RELAY_…` variables are not ours: Kubernetes sets `RELAY_PORT` and the like for
-/// a service that is called relay.
-fn check_variables(warnings: &mut Vec<String>) -> Result<(), ConfigError> {
-    let mut problems = Vec::new();
-    for (name, _) in std::env::vars_os() {
-        let Some(key) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
-        if is_setting(key) {
-            continue;
-        }
-        let message = format!("{PREFIX}{key}: there is no such setting; known are {}", TABLES.join(", "));
-        if key.contains(LEVEL) { problems.push(message) } else { warnings.push(format!("{message} (ignored)")) }
+impl Provider for Variable {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(format!("the variable {PREFIX}{}", self.key))
     }
-    if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        let Ok(value) = self.value.parse::<Value>();
+        let path = self.key.to_ascii_lowercase().replace(LEVEL, ".");
+        let dict = nest(&path, value).into_dict().unwrap_or_default();
+        Ok(Profile::Default.collect(dict))
+    }
+}
+
+/// The variables that are settings. A misspelt setting is an error. Other `RELAY_…` variables are not ours: Kubernetes
+/// sets `RELAY_PORT` and the like for a service that is called relay.
+fn settings(
+    variables: impl Iterator<Item = (String, String)>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<Variable>, ConfigError> {
+    let (mut found, mut problems) = (Vec::new(), Vec::new());
+    for (name, value) in variables {
+        let Some(key) = name.strip_prefix(PREFIX) else { continue };
+        let top = key.split(LEVEL).next().unwrap_or_default();
+        let message = || format!("{name}: there is no such setting; known are {}", TABLES.join(", "));
+        if TABLES.iter().any(|table| table.eq_ignore_ascii_case(top)) {
+            found.push(Variable { key: key.to_owned(), value });
+        } else if key.contains(LEVEL) {
+            problems.push(message());
+        } else {
+            warnings.push(format!("{} (ignored)", message()));
+        }
+    }
+    // Their order in the environment means nothing.
+    found.sort_by(|one, other| one.key.cmp(&other.key));
+    if problems.is_empty() { Ok(found) } else { Err(ConfigError(problems)) }
 }
 
 /// An error without the value that it found, which may be a secret.
 fn describe(error: figment::Error) -> String {
     let what = match &error.kind {
         Kind::InvalidType(actual, expected) => format!("is {}, should be {expected}", type_of(actual)),
-        Kind::InvalidValue(actual, expected) => format!("is a {} that does not work, should be {expected}", type_of(actual)),
+        Kind::InvalidValue(actual, expected) => {
+            format!("is {} that does not work, should be {expected}", type_of(actual))
+        }
         Kind::UnknownField(field, expected) => {
-            let known: Vec<_> = expected.iter().map(|name| format!("`{name}`")).collect();
-            format!("there is no setting `{field}` here; known are {}", known.join(", "))
+            format!("there is no setting `{field}` here; known are {}", quoted(expected))
         }
-        Kind::UnknownVariant(_, expected) => {
-            let known: Vec<_> = expected.iter().map(|name| format!("`{name}`")).collect();
-            format!("is none of {}", known.join(", "))
-        }
+        Kind::UnknownVariant(_, expected) => format!("is none of {}", quoted(expected)),
         Kind::MissingField(field) => format!("`{field}` is missing"),
         other => other.to_string(),
     };
@@ -175,6 +203,10 @@ fn describe(error: figment::Error) -> String {
     });
     let place = [source, (!path.is_empty()).then_some(path)].into_iter().flatten().collect::<Vec<_>>().join(": ");
     if place.is_empty() { what } else { format!("{place}: {what}") }
+}
+
+fn quoted(names: &[&str]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
 fn type_of(actual: &Actual) -> &'static str {
@@ -203,13 +235,13 @@ impl<P: Provider> Provider for Resolved<'_, P> {
     fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
         let mut data = self.inner.data()?;
         for dict in data.values_mut() {
-            resolve_dict(dict, self.lookup, &mut Vec::new())?;
+            resolve_dict(dict, self.lookup, &mut Vec::new()).map_err(|error| *error)?;
         }
         Ok(data)
     }
 }
 
-fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), figment::Error> {
+fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), Box<figment::Error>> {
     dict.iter_mut().try_for_each(|(key, value)| {
         path.push(key.clone());
         resolve_value(value, lookup, path)?;
@@ -218,14 +250,14 @@ fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) ->
     })
 }
 
-fn resolve_value(value: &mut Value, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), figment::Error> {
+fn resolve_value(value: &mut Value, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), Box<figment::Error>> {
     match value {
         Value::String(_, text) => match resolve(text, lookup) {
             Ok(resolved) => *text = resolved,
             Err(problems) => {
                 let mut error = figment::Error::from(problems.join("; "));
                 error.path.clone_from(path);
-                return Err(error);
+                return Err(Box::new(error));
             }
         },
         Value::Dict(_, dict) => resolve_dict(dict, lookup, path)?,
@@ -234,3 +266,6 @@ fn resolve_value(value: &mut Value, lookup: &dyn Lookup, path: &mut Vec<String>)
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

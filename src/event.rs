@@ -6,15 +6,17 @@
 //!
 //! This part knows JSON and the names of Engage's fields. It does not know where events are stored or sent.
 
+mod body;
+
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, Visitor};
-use serde_json::value::RawValue;
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
+
+pub use body::{BodyError, Parsed, parse};
 
 /// One accepted webhook body, as lanes and sinks see it. Cloning is cheap: all of it shares one buffer.
 #[derive(Clone, Debug)]
@@ -226,240 +228,6 @@ impl fmt::Debug for EventId {
     }
 }
 
-/// An event of a request body, before it is stored.
-#[derive(Debug)]
-pub struct Parsed<'a> {
-    body: &'a str,
-    fields: Fields,
-}
-
-/// Where an event's fields are: in the body, or, counted on behind it, among the values that had escapes in them.
-#[derive(Debug, Default)]
-struct Fields {
-    spans: [Option<Span>; Field::COUNT],
-    unescaped: String,
-}
-
-/// Takes a request body apart: one JSON object, or a non-empty array of them.
-///
-/// # Errors
-///
-/// [`BodyError`] when it is neither. What follows the first level is checked for syntax only.
-pub fn parse(body: &[u8]) -> Result<Vec<Parsed<'_>>, BodyError> {
-    let body = std::str::from_utf8(body).map_err(|_| BodyError::NotUtf8)?;
-    match body.trim_ascii_start().as_bytes().first() {
-        Some(b'[') => {
-            let elements: Vec<&RawValue> = serde_json::from_str(body)?;
-            if elements.is_empty() {
-                return Err(BodyError::EmptyArray);
-            }
-            elements.into_iter().map(|element| Parsed::object(element.get())).collect()
-        }
-        Some(b'{') => Ok(vec![Parsed::object(body)?]),
-        Some(_) => serde_json::from_str::<&RawValue>(body).map_or_else(|e| Err(e.into()), |_| Err(BodyError::NotObject)),
-        None => Err(BodyError::Empty),
-    }
-}
-
-impl<'a> Parsed<'a> {
-    fn object(body: &'a str) -> Result<Self, BodyError> {
-        if !body.trim_ascii_start().starts_with('{') {
-            return Err(BodyError::NotObject);
-        }
-        let mut fields = Fields::default();
-        collect(body, body, Level::Root, &mut fields)?;
-        Ok(Self { body, fields })
-    }
-
-    fn field(&self, field: Field) -> Option<&str> {
-        let (offset, len) = (*self.fields.spans.get(field as usize)?)?;
-        let (start, len) = (offset as usize, len as usize);
-        match start.checked_sub(self.body.len()) {
-            None => self.body.get(start..start + len),
-            Some(start) => self.fields.unescaped.get(start..start + len),
-        }
-    }
-
-    /// The event's id: a digest of what identifies the status change, or else of the body.
-    pub fn id(&self) -> EventId {
-        let mut digest = Sha256::new();
-        let mut part = |text: &str| {
-            digest.update((text.len() as u64).to_be_bytes());
-            digest.update(text.as_bytes());
-        };
-        if let (Some(message), Some(status)) = (self.field(Field::MessageId), self.field(Field::Status)) {
-            part(self.field(Field::SenderId).unwrap_or_default());
-            part(message);
-            part(status);
-            part(self.field(Field::EventTimestamp).unwrap_or_default());
-        } else {
-            digest.update(self.body.as_bytes());
-        }
-        let mut id = [0; 16];
-        id.iter_mut().zip(digest.finalize()).for_each(|(to, from)| *to = from);
-        EventId(id)
-    }
-
-    /// Writes the record that [`Event::decode`] reads. A `traceparent` that is none is left out.
-    pub fn encode(&self, id: EventId, received_at: SystemTime, token: &str, traceparent: Option<&str>, out: &mut Vec<u8>) {
-        let micros = received_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
-        let traceparent = traceparent.filter(|value| is_traceparent(value)).unwrap_or_default();
-        let token = truncated(token, u8::MAX.into());
-        out.extend([VERSION, byte_len(token), byte_len(traceparent)]);
-        out.extend(id.0);
-        out.extend(u64::try_from(micros).unwrap_or(u64::MAX).to_le_bytes());
-        out.extend(span_len(self.body.len()).to_le_bytes());
-        for (offset, len) in self.fields.spans.iter().map(|span| span.unwrap_or((ABSENT, 0))) {
-            out.extend(offset.to_le_bytes());
-            out.extend(len.to_le_bytes());
-        }
-        for text in [token, traceparent, self.body, &self.fields.unescaped] {
-            out.extend_from_slice(text.as_bytes());
-        }
-    }
-}
-
-/// Where in the webhook a key stands.
-#[derive(Clone, Copy)]
-enum Level {
-    Root,
-    Channel,
-    Campaign,
-    Recipient,
-}
-
-/// What a key leads to.
-enum Slot {
-    Field(Field),
-    Object(Level),
-}
-
-impl Level {
-    fn slot(self, key: &str) -> Option<Slot> {
-        Some(match (self, key) {
-            (Self::Root, "message_id") => Slot::Field(Field::MessageId),
-            (Self::Root, "message_status") => Slot::Field(Field::Status),
-            (Self::Root, "event_name") => Slot::Field(Field::EventName),
-            (Self::Root, "event_timestamp") => Slot::Field(Field::EventTimestamp),
-            (Self::Root, "channel") => Slot::Object(Self::Channel),
-            (Self::Root, "campaign") => Slot::Object(Self::Campaign),
-            (Self::Root, "recipient") => Slot::Object(Self::Recipient),
-            (Self::Channel, "channel_type") => Slot::Field(Field::ChannelType),
-            (Self::Channel, "name") => Slot::Field(Field::ChannelName),
-            (Self::Channel, "sender_id") => Slot::Field(Field::SenderId),
-            (Self::Campaign, "id") => Slot::Field(Field::CampaignId),
-            (Self::Campaign, "name") => Slot::Field(Field::CampaignName),
-            (Self::Recipient, "id") => Slot::Field(Field::RecipientId),
-            _ => return None,
-        })
-    }
-}
-
-/// Reads the fields of one object in the body; of a repeated key the last counts.
-fn collect(body: &str, object: &str, level: Level, fields: &mut Fields) -> serde_json::Result<()> {
-    let mut input = serde_json::Deserializer::from_str(object);
-    input.deserialize_map(Collector { body, level, fields })?;
-    input.end()
-}
-
-struct Collector<'c> {
-    body: &'c str,
-    level: Level,
-    fields: &'c mut Fields,
-}
-
-impl<'a> Visitor<'a> for Collector<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON object")
-    }
-
-    fn visit_map<M: MapAccess<'a>>(self, mut map: M) -> Result<(), M::Error> {
-        while let Some(slot) = map.next_key_seed(self.level)? {
-            let value: &'a RawValue = map.next_value()?;
-            match slot {
-                None => {}
-                Some(Slot::Field(field)) => self.fields.set(field, value.get(), self.body),
-                Some(Slot::Object(level)) if value.get().starts_with('{') => {
-                    collect(self.body, value.get(), level, self.fields).map_err(serde::de::Error::custom)?;
-                }
-                Some(Slot::Object(_)) => {}
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Fields {
-    /// Notes where a field is: a string's content, or a number or boolean as it was written.
-    fn set(&mut self, field: Field, json: &str, body: &str) {
-        let in_body = |text: &str| (span_len(text.as_ptr().addr() - body.as_ptr().addr()), span_len(text.len()));
-        let span = match json.as_bytes().first() {
-            Some(b'"') if !json.contains('\\') => Some(in_body(json.trim_matches('"'))),
-            Some(b'"') => serde_json::from_str::<String>(json).ok().map(|text| {
-                let offset = body.len() + self.unescaped.len();
-                self.unescaped.push_str(&text);
-                (span_len(offset), span_len(text.len()))
-            }),
-            Some(b'{' | b'[' | b'n') | None => None,
-            Some(_) => Some(in_body(json)),
-        };
-        if let Some(place) = self.spans.get_mut(field as usize) {
-            *place = span;
-        }
-    }
-}
-
-impl<'a> DeserializeSeed<'a> for Level {
-    type Value = Option<Slot>;
-
-    fn deserialize<D: Deserializer<'a>>(self, key: D) -> Result<Self::Value, D::Error> {
-        key.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for Level {
-    type Value = Option<Slot>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-        Ok(self.slot(key))
-    }
-}
-
-/// Whether the text is a version 00 W3C traceparent with a trace and a span that are not zero.
-fn is_traceparent(text: &str) -> bool {
-    let hex = |part: &str, len| part.len() == len && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    let set = |part: &str| part.bytes().any(|b| b != b'0');
-    let mut parts = text.split('-');
-    text.len() == TRACEPARENT_LEN
-        && parts.next() == Some("00")
-        && parts.next().is_some_and(|trace| hex(trace, 32) && set(trace))
-        && parts.next().is_some_and(|span| hex(span, 16) && set(span))
-        && parts.next().is_some_and(|flags| hex(flags, 2))
-}
-
-fn truncated(text: &str, max: usize) -> &str {
-    let mut end = text.len().min(max);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.get(..end).unwrap_or_default()
-}
-
-fn byte_len(text: &str) -> u8 {
-    u8::try_from(text.len()).unwrap_or(u8::MAX)
-}
-
-/// Bodies are limited to far below 4 GiB, so this never saturates.
-fn span_len(len: usize) -> u32 {
-    u32::try_from(len).unwrap_or(ABSENT)
-}
-
 /// Reads fixed-size values off the front of a slice.
 struct Input<'a>(&'a [u8]);
 
@@ -475,26 +243,6 @@ impl Input<'_> {
     }
 }
 
-/// Why a request body is not accepted.
-#[derive(Debug, thiserror::Error)]
-pub enum BodyError {
-    /// Nothing was sent.
-    #[error("the body is empty; send one event as a JSON object, or an array of them")]
-    Empty,
-    /// JSON is UTF-8.
-    #[error("the body is not UTF-8")]
-    NotUtf8,
-    /// Not JSON.
-    #[error("the body is not JSON: {0}")]
-    NotJson(#[from] serde_json::Error),
-    /// JSON, but a scalar, or an array with something else in it.
-    #[error("an event is a JSON object; send one, or an array of them")]
-    NotObject,
-    /// An array without events.
-    #[error("the array is empty; send at least one event")]
-    EmptyArray,
-}
-
 /// Why a journal record is not an event that this version can read.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
@@ -505,3 +253,6 @@ pub enum DecodeError {
     #[error("the record is not an event")]
     Malformed,
 }
+
+#[cfg(test)]
+mod tests;

@@ -90,3 +90,6 @@ impl Rules {
         Ok((Self { sinks, table: Arc::new(table) }, problems))
     }
 }
+
+#[cfg(test)]
+mod tests;

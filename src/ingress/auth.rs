@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use http::{HeaderMap, HeaderName};
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Error as _, MapAccess, Visitor};
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConditionallySelectable as _, ConstantTimeEq as _};
@@ -94,7 +94,7 @@ impl<'de> Visitor<'de> for NoneOrTable {
     }
 
     fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<AuthConfig, M::Error> {
-        Table::deserialize(MapAccessDeserializer::new(map)).map(AuthConfig::from).map_err(M::Error::custom)
+        Table::deserialize(MapAccessDeserializer::new(map)).map(AuthConfig::from)
     }
 }
 

@@ -1,0 +1,166 @@
+use std::io::{Error, ErrorKind, Result as IoResult};
+use std::time::{Duration, SystemTime};
+
+use super::*;
+use crate::event::{self, Event};
+use crate::lane::{OrderBy, StartAt};
+use crate::routing::Scratch;
+
+/// What the shipped file's examples need, and nothing else.
+struct Sample;
+
+impl Lookup for Sample {
+    fn variable(&self, name: &str) -> Option<String> {
+        let variables = [("CRM_TOKEN", "s3cret-token"), ("KAFKA_PASSWORD", "s3cret-password")];
+        variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+    }
+
+    fn file(&self, path: &str) -> IoResult<String> {
+        match path {
+            "/run/secrets/crm-signing" => Ok("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n".to_owned()),
+            _ => Err(Error::from(ErrorKind::NotFound)),
+        }
+    }
+}
+
+const SHIPPED: &str = include_str!("../../routes.toml");
+
+/// The shipped file with its examples in use: every line that begins with `#:` without that.
+fn uncommented() -> String {
+    SHIPPED.lines().map(|line| line.strip_prefix("#:").unwrap_or(line).to_owned() + "\n").collect()
+}
+
+fn compile(source: &str) -> Result<(Rules, Vec<Problem>), Vec<String>> {
+    Rules::compile("r", source, &Sample).map_err(|error| match error {
+        RulesError::Problems { problems } => problems.iter().map(ToString::to_string).collect(),
+        RulesError::Read { .. } => panic!("{error}"),
+    })
+}
+
+fn event(body: &str) -> Event {
+    let parsed = event::parse(body.as_bytes()).unwrap().pop().unwrap();
+    let mut record = Vec::new();
+    parsed.encode(parsed.id(), SystemTime::UNIX_EPOCH, "aivo", None, &mut record);
+    Event::decode(record.into()).unwrap()
+}
+
+/// Which sinks an event goes to.
+fn sinks(rules: &Rules, body: &str) -> Vec<String> {
+    let mut scratch = Scratch::default();
+    let matches = rules.table.matches(&event(body), &mut scratch).to_vec();
+    matches.iter().map(|found| rules.table.sinks()[found.sink.0].clone()).collect()
+}
+
+#[test]
+fn the_shipped_file_works_as_it_is() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("routes.toml");
+    let (rules, problems) = Rules::load(&path, &Sample).unwrap();
+    assert_eq!(problems, []);
+    assert_eq!(rules.sinks.len(), 1);
+    assert_eq!(rules.sinks[0].sink.type_name(), "stdout");
+    assert_eq!(sinks(&rules, "{}"), ["screen"]);
+}
+
+#[test]
+fn the_shipped_files_examples_work() {
+    let (rules, problems) = compile(&uncommented()).unwrap();
+    assert_eq!(problems, [], "not even a warning");
+    let types: Vec<_> = rules.sinks.iter().map(|sink| (sink.name.as_str(), sink.sink.type_name())).collect();
+    let expected =
+        [("screen", "stdout"), ("crm", "http"), ("analytics", "kafka"), ("ops", "rabbitmq"), ("archive", "http")];
+    assert_eq!(types, expected);
+    let argentina = r#"{"message_status":"read","channel":{"sender_id":"5491122223333"},"campaign":{"id":"x"}}"#;
+    assert_eq!(sinks(&rules, argentina), ["screen", "crm", "analytics"]);
+    let every = r#"{"message_id":"wamid.A","message_status":"error","event_name":"msg_status","error":{"code":1},
+        "channel":{"channel_type":"Whatsapp","name":"Main","sender_id":"5491122223333"},
+        "campaign":{"id":"074116ff-76f3-47b7-8be2-92f465718a3e","name":"spring"},"recipient":{"id":"541112341234"}}"#;
+    assert_eq!(sinks(&rules, every), ["screen", "ops", "archive"]);
+    assert_eq!(sinks(&rules, &every.replace("spring", "test 1")), ["screen"]);
+    assert_eq!(sinks(&rules, &every.replace(r#""code":1"#, r#""code":131026"#)), ["screen"]);
+    assert!(!rules.table.keeps_unrouted());
+}
+
+/// The example of all of `delivery` shows the defaults, as it says.
+#[test]
+fn the_shipped_files_defaults_are_the_defaults() {
+    let (rules, _) = compile(&uncommented()).unwrap();
+    let archive = rules.sinks.iter().find(|sink| sink.name == "archive").unwrap();
+    assert_eq!(archive.lane, lane::Config::new(archive.sink.default_concurrency()));
+    let wide = rules.sinks.iter().filter(|sink| matches!(sink.sink.type_name(), "kafka" | "rabbitmq"));
+    assert!(wide.map(|sink| sink.lane.concurrency).eq([1024, 1024]));
+}
+
+#[test]
+fn examples_hide_what_is_secret() {
+    let (rules, _) = compile(&uncommented()).unwrap();
+    let shown = format!("{:?}", rules.sinks.iter().map(|sink| &sink.sink).collect::<Vec<_>>());
+    // Options of librdkafka are kept as they are given to it, and are never printed.
+    assert!(!shown.contains("s3cret-token"), "{shown}");
+    for sink in &rules.sinks {
+        let preview = sink.sink.preview(&sink.name, &event("{}"), &sink::Attempt { number: 1, route: "r" }).unwrap();
+        assert!(!format!("{preview:?}").contains("s3cret"), "{preview:?}");
+    }
+}
+
+#[test]
+fn lanes_take_what_the_sink_says() {
+    let source = "[sinks.a]\ntype = 'stdout'\nstart = 'earliest'\n[sinks.a.delivery]\nconcurrency = 7\norder_by = 'none'\n\
+        backoff = { initial = '2s', max = '3s' }\nbreaker = { failures = 4, probe = '5s' }\n[[routes]]\nto = ['a']\n";
+    let (rules, problems) = compile(source).unwrap();
+    assert_eq!(problems, []);
+    let lane = &rules.sinks[0].lane;
+    assert_eq!((lane.concurrency, lane.order_by, lane.start), (7, OrderBy::None, StartAt::Earliest));
+    assert_eq!((lane.backoff.initial, lane.backoff.max), (Duration::from_secs(2), Duration::from_secs(3)));
+    assert_eq!((lane.breaker.failures, lane.breaker.probe), (4, Duration::from_secs(5)));
+}
+
+#[test]
+fn reports_problems_of_all_parts() {
+    let check = |source: &str, expected: &[&str]| {
+        let found = compile(source).map(|(_, problems)| problems.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let (Ok(found) | Err(found)) = found;
+        assert_eq!(found, expected, "{source}");
+    };
+    const A: &str = "[sinks.a]\ntype = 'stdout'\n";
+    const ROUTE: &str = "[[routes]]\nto = ['a']\n";
+    check(&format!("{A}{ROUTE}"), &[]);
+    check(A, &["r:1:8: warning: no route leads to the sink `a`"]);
+    check("", &[]);
+    check(
+        &format!("{A}{ROUTE}[unrouted]\nkeep = true\n[sink]\n"),
+        &["r:7:2: unknown key `sink`; did you mean `sinks`?"],
+    );
+    check(
+        &format!("{A}{ROUTE}[sinks.unrouted]\ntype = 'stdout'\n[[routes]]\nto = ['unrouted']\n"),
+        &["r:5:8: the name `unrouted` is reserved for events that no route matches"],
+    );
+    check(
+        &format!("{A}strat = 1\ndelivery = {{ concurrency = 0, rate = '5/s', oder_by = 'none' }}\n{ROUTE}"),
+        &[
+            "r:3:1: unknown key `strat`; did you mean `start`?",
+            "r:4:28: `concurrency` is 0; it must be from 1 to 100000",
+            "r:4:38: warning: `rate` has no effect in this version: a failed delivery is tried until it succeeds",
+            "r:4:45: unknown key `oder_by`; did you mean `order_by`?",
+        ],
+    );
+    check(
+        &format!("{A}[sinks.a.delivery]\nbackoff = {{ initial = '2s', max = '1s' }}\nbreaker.failures = 0\n{ROUTE}"),
+        &["r:4:35: `max` is shorter than `initial`", "r:5:20: `failures` is 0; it must be at least 1"],
+    );
+    // A sink with problems is there for routes: the problem is reported once.
+    check(
+        &format!("[sinks.a]\ntype = 'stdin'\n{ROUTE}"),
+        &["r:2:8: unknown variant `stdin`, expected one of `http`, `kafka`, `rabbitmq`, `stdout`"],
+    );
+    check(&format!("[sinks.a]\n{ROUTE}"), &["r:1:1: `type` is missing"]);
+    check(
+        &format!("{A}{ROUTE}[sinks.b]\ntype = 'http'\nurl = 'https://x/${{CRM_TOKEN}}/{{staus}}'\n"),
+        &["r:5:8: warning: no route leads to the sink `b`", "r:7:7: unknown field `staus`; did you mean `status`?"],
+    );
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Rules::load(Path::new("/nowhere/routes.toml"), &Sample).map(drop).unwrap_err();
+    assert!(error.to_string().starts_with("/nowhere/routes.toml: "), "{error}");
+}
