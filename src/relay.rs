@@ -47,7 +47,12 @@ pub enum Shutdown {
 /// # Errors
 ///
 /// [`RunError`]: it could not start, or the journal failed, or a part ended that should not have.
-pub async fn run(config: Config, rules: Rules, listener: TcpListener, shutdown: watch::Receiver<Shutdown>) -> Result<(), RunError> {
+pub async fn run(
+    config: Config,
+    rules: Rules,
+    listener: TcpListener,
+    shutdown: watch::Receiver<Shutdown>,
+) -> Result<(), RunError> {
     let started = Relay::start(&config, &rules).await?;
     info!(listen = %listener.local_addr()?, path = %config.ingress.path, sinks = rules.sinks.len(), "accepting webhooks");
     started.serve(listener, shutdown, config.shutdown).await
@@ -77,7 +82,8 @@ impl Relay {
         let of_sinks = rules.sinks.iter().filter_map(|sink| cursors.get(&sink.name)).copied();
         let floor = cursors.values().copied().max().unwrap_or(Position::ZERO);
         let needed = of_sinks.min().unwrap_or(floor);
-        let (mut journal, findings) = Journal::open(&dir.join("journal"), &dir.join("quarantine"), &config.journal, needed, floor)?;
+        let (mut journal, findings) =
+            Journal::open(&dir.join("journal"), &dir.join("quarantine"), &config.journal, needed, floor)?;
         findings.iter().for_each(report);
         for (name, cursor) in &cursors {
             if !rules.sinks.iter().any(|sink| sink.name == *name) {
@@ -218,7 +224,9 @@ fn report(finding: &Finding) {
             let (first, lost) = (from.to_stored(), to.since(*from));
             error!(kind = kind_name, %file, offset, bytes, first, lost, "events are lost from the journal; what was left of them is in quarantine");
         }
-        (Kind::Segment, None) => error!(kind = kind_name, %file, bytes, "a journal file was not readable; it is in quarantine"),
+        (Kind::Segment, None) => {
+            error!(kind = kind_name, %file, bytes, "a journal file was not readable; it is in quarantine")
+        }
         (Kind::TornTail | Kind::Header | Kind::Damaged | Kind::Missing, None) => {
             warn!(kind = kind_name, %file, offset, bytes, "the journal was repaired; nothing that was acknowledged is lost");
         }

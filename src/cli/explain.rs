@@ -100,7 +100,9 @@ impl Explained {
                         writeln!(text, "      {field} should be {wanted}, the event has {found}")?;
                     }
                 }
-                Outcome::NotTried { after } => writeln!(text, "  . {}: not tried, since {after} is final", route.route)?,
+                Outcome::NotTried { after } => {
+                    writeln!(text, "  . {}: not tried, since {after} is final", route.route)?
+                }
             }
         }
         if self.sinks.is_empty() {

@@ -82,13 +82,15 @@ struct Tally {
 
 impl Sender {
     fn new(arguments: &Arguments, config: &Config) -> anyhow::Result<Self> {
-        let url = arguments.url.clone().unwrap_or_else(|| {
-            format!("http://127.0.0.1:{}{}", config.ingress.listen.port(), config.ingress.path)
-        });
+        let url = arguments
+            .url
+            .clone()
+            .unwrap_or_else(|| format!("http://127.0.0.1:{}{}", config.ingress.listen.port(), config.ingress.path));
         let url = url.parse().with_context(|| format!("--url {url:?} is not a URL"))?;
-        let acked = arguments.acked.as_ref().map(|path| {
-            File::create(path).with_context(|| format!("can't write {}", path.display()))
-        });
+        let acked = arguments
+            .acked
+            .as_ref()
+            .map(|path| File::create(path).with_context(|| format!("can't write {}", path.display())));
         let tally = Tally {
             answers: BTreeMap::new(),
             accepted: 0,
@@ -126,7 +128,8 @@ impl Sender {
 
     async fn post(&self, body: String) {
         let started = Instant::now();
-        let mut request = self.client.post(self.url.clone()).header("content-type", "application/json").body(body.clone());
+        let mut request =
+            self.client.post(self.url.clone()).header("content-type", "application/json").body(body.clone());
         if let Some((header, token)) = &self.token {
             request = request.header(header, token);
         }

@@ -12,8 +12,8 @@ use hyper::body::{Body as _, Incoming};
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::auth::Auth;
 use super::Config;
+use super::auth::Auth;
 use crate::event::{self, BodyError, EventId};
 use crate::journal::{AppendError, Appender};
 
@@ -206,7 +206,10 @@ impl Refusal {
                 None => "not authorized".to_owned(),
             },
             Self::TooLarge => {
-                format!("the body may have at most {} bytes (ingress.max_body); send fewer events at once", handler.max_body)
+                format!(
+                    "the body may have at most {} bytes (ingress.max_body); send fewer events at once",
+                    handler.max_body
+                )
             }
             Self::BodyTimeout => format!(
                 "the body did not come within {} (ingress.body_timeout)",

@@ -178,7 +178,13 @@ impl Journal {
     /// # Errors
     ///
     /// [`OpenError`]: the directory can't be read or written, or has a newer format.
-    pub fn open(dir: &Path, quarantine: &Path, config: &Config, needed: Position, floor: Position) -> Result<(Self, Vec<Finding>), OpenError> {
+    pub fn open(
+        dir: &Path,
+        quarantine: &Path,
+        config: &Config,
+        needed: Position,
+        floor: Position,
+    ) -> Result<(Self, Vec<Finding>), OpenError> {
         std::fs::create_dir_all(dir)?;
         segment::sync_dir(dir.parent().unwrap_or(dir))?;
         let mut inspection = Inspection::new(dir, needed)?;

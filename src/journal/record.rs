@@ -62,7 +62,9 @@ impl Header {
 /// Whether `record`, a header and as many bytes as it asks for, belongs to the segment and is whole.
 pub(super) fn is_valid(record: &[u8], identity: u64) -> bool {
     Header::read(record).is_some_and(|header| {
-        header.record_len() == record.len() as u64 && !header.is_terminator() && header.crc == checksum(record, identity)
+        header.record_len() == record.len() as u64
+            && !header.is_terminator()
+            && header.crc == checksum(record, identity)
     })
 }
 

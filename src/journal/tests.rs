@@ -223,7 +223,12 @@ fn layout(fixture: &Fixture) -> (Vec<u64>, u64) {
 #[test]
 fn a_flip_of_any_byte_loses_at_most_its_own_record() {
     let original = Fixture::new();
-    original.write(&[vec![b"a".to_vec()], vec![b"b1".to_vec(), b"b2".to_vec()], vec![b"c".to_vec()], vec![b"d".to_vec()]]);
+    original.write(&[
+        vec![b"a".to_vec()],
+        vec![b"b1".to_vec(), b"b2".to_vec()],
+        vec![b"c".to_vec()],
+        vec![b"d".to_vec()],
+    ]);
     let (ends, end) = layout(&original);
     let (all, _) = original.read();
     let positions_of = [0..1, 1..3, 3..4, 4..5];
@@ -340,7 +345,8 @@ fn foreign_files_are_left_alone_and_newer_formats_refused() {
     // Damage that would be repaired, were the version known.
     bytes[4200] ^= 1;
     fs::write(&path, &bytes).unwrap();
-    let opened = Journal::open(&fixture.journal_dir(), &fixture.quarantine(), &fixture.config, Position::ZERO, Position::ZERO);
+    let opened =
+        Journal::open(&fixture.journal_dir(), &fixture.quarantine(), &fixture.config, Position::ZERO, Position::ZERO);
     assert!(matches!(opened, Err(OpenError::NewerVersion { version: 2, .. })));
     assert_eq!(fs::read(&path).unwrap(), bytes, "nothing is changed");
 }

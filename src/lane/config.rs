@@ -49,7 +49,10 @@ impl Config {
         let Some(mut delivery) = sink.table("delivery") else { return config };
         if let Some(given) = delivery.get::<usize>("concurrency") {
             if !(1..=MAX_CONCURRENCY).contains(&given) {
-                delivery.problem("concurrency", format!("`concurrency` is {given}; it must be from 1 to {MAX_CONCURRENCY}"));
+                delivery.problem(
+                    "concurrency",
+                    format!("`concurrency` is {given}; it must be from 1 to {MAX_CONCURRENCY}"),
+                );
             }
             config.concurrency = given.clamp(1, MAX_CONCURRENCY);
         }
@@ -74,7 +77,10 @@ impl Config {
         }
         for key in LATER {
             if delivery.value(key).is_some() {
-                delivery.warning(key, format!("`{key}` has no effect in this version: a failed delivery is tried until it succeeds"));
+                delivery.warning(
+                    key,
+                    format!("`{key}` has no effect in this version: a failed delivery is tried until it succeeds"),
+                );
             }
         }
         delivery.finish();

@@ -144,7 +144,15 @@ type Settling = Pin<Box<dyn Future<Output = (Position, usize, Result<(), LedgerE
 
 impl Lane {
     /// A lane that goes on where the reader stands.
-    pub fn new(name: &str, sink: Sink, id: SinkId, table: Arc<Table>, reader: Reader, ledger: Ledger, config: Config) -> Self {
+    pub fn new(
+        name: &str,
+        sink: Sink,
+        id: SinkId,
+        table: Arc<Table>,
+        reader: Reader,
+        ledger: Ledger,
+        config: Config,
+    ) -> Self {
         let at = reader.position();
         Self {
             name: name.into(),
@@ -227,7 +235,10 @@ impl Lane {
             {
                 self.attempt(delivery);
             }
-        } else if self.under_way.len() < self.config.concurrency && (!self.ready.is_empty() || !self.waiting.is_empty()) && self.breaker.begin_probe(now) {
+        } else if self.under_way.len() < self.config.concurrency
+            && (!self.ready.is_empty() || !self.waiting.is_empty())
+            && self.breaker.begin_probe(now)
+        {
             if let Some(delivery) = self.next_probe() {
                 self.attempt(delivery);
             }
