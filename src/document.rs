@@ -79,7 +79,7 @@ impl<'l> Document<'l> {
 
     /// The top-level table.
     pub fn root(&self) -> Section<'_> {
-        Section { document: self, table: &self.root, place: Place(0..0), known: Vec::new() }
+        Section { document: self, table: &self.root, place: Place(0..0), known: Vec::new(), given_up: false }
     }
 
     /// All problems, in the file's order, each once.
@@ -186,6 +186,7 @@ pub struct Section<'d> {
     table: &'d DeTable<'d>,
     place: Place,
     known: Vec<&'static str>,
+    given_up: bool,
 }
 
 impl<'d> Section<'d> {
@@ -306,10 +307,15 @@ impl<'d> Section<'d> {
         digest.finalize().into()
     }
 
+    /// Says that the section's other keys can't be judged, since what they mean depends on one that is wrong.
+    pub fn give_up(&mut self) {
+        self.given_up = true;
+    }
+
     /// Reports the keys that nobody asked for, with the nearest known one.
     pub fn finish(self) {
         for (key, _) in self.entries() {
-            if !self.known.contains(&key.name) {
+            if !self.given_up && !self.known.contains(&key.name) {
                 self.problem_at(&key.place, unknown("key", key.name, &self.known));
             }
         }
@@ -354,7 +360,7 @@ impl<'d> Value<'d> {
                 Shape::Array(array.iter().map(|value| Self { document: self.document, value }).collect())
             }
             DeValue::Table(table) => {
-                Shape::Table(Section { document: self.document, table, place: self.place(), known: Vec::new() })
+                Shape::Table(Section { document: self.document, table, place: self.place(), known: Vec::new(), given_up: false })
             }
         }
     }

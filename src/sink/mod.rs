@@ -53,9 +53,13 @@ enum Type {
 
 impl Config {
     /// Reads the sink's own keys, and reports every problem in `section`; `None` where there was one. The caller reads
-    /// what is left (`delivery`) and finishes the section, unless `type` is missing or unknown: then no key is known.
+    /// what is left (`delivery`) and finishes the section.
     pub fn read(section: &mut Section<'_>) -> Option<Self> {
-        match section.require::<Type>("type")? {
+        let Some(kind) = section.require::<Type>("type") else {
+            section.give_up();
+            return None;
+        };
+        match kind {
             Type::Http => http::Config::read(section).map(Self::Http),
             Type::Kafka => kafka::Config::read(section).map(Self::Kafka),
             Type::RabbitMq => rabbitmq::Config::read(section).map(Self::RabbitMq),
