@@ -275,7 +275,8 @@ async fn a_backlog_is_read_in_bounded_memory() {
         if ids.lock().unwrap_or_else(PoisonError::into_inner).insert(received.id().to_owned()) {
             total.fetch_add(received.body.len(), Ordering::SeqCst);
         }
-        Reply::Status(200)
+        // Slower than the journal is read.
+        Reply::After(Duration::from_millis(200), 200)
     })
     .await;
     let routes = format!(

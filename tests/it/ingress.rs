@@ -11,7 +11,9 @@ use http_body_util::Full;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::harness::{Answer, Client, PATH, Raw, Receiver, Relay, Reply, Setup, TOKEN, event, eventually, webhook};
+use crate::harness::{
+    Answer, Client, PATH, Raw, Receiver, Relay, Reply, Setup, TOKEN, event, eventually, webhook, within,
+};
 
 /// Rules under which nothing is delivered anywhere that a test looks at.
 const SCREEN: &str = include_str!("../../routes.toml");
@@ -217,14 +219,17 @@ async fn too_slow_is_408() {
         let started = Instant::now();
         raw.write(begin).await;
         let mut bytes = rest.bytes().cycle();
-        let answer = loop {
-            tokio::select! {
-                answer = raw.answer() => break answer,
-                () = tokio::time::sleep(SHORT / 8) => {}
+        let trickle = async {
+            loop {
+                tokio::select! {
+                    answer = raw.answer() => return answer,
+                    () = tokio::time::sleep(SHORT / 8) => {}
+                }
+                // The relay may close while this is sent.
+                drop(raw.try_write([bytes.next().unwrap_or(b'x')]).await);
             }
-            // The relay may close while this is sent.
-            drop(raw.try_write([bytes.next().unwrap_or(b'x')]).await);
         };
+        let answer = within("the relay to lose patience", trickle).await;
         assert!(started.elapsed() >= SHORT, "after {:?}", started.elapsed());
         check_problem(&answer, 408);
         assert_eq!(answer.header("connection"), "close");
@@ -625,7 +630,7 @@ async fn a_full_journal_refuses_until_the_sink_catches_up() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    accepted.extend(crate::harness::within("the journal to take events again", recovered).await);
+    accepted.extend(within("the journal to take events again", recovered).await);
     let arrived =
         || -> BTreeSet<String> { receiver.received().iter().map(|received| received.id().to_owned()).collect() };
     eventually("all that was accepted", || arrived().is_superset(&accepted)).await;
