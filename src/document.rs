@@ -359,9 +359,13 @@ impl<'d> Value<'d> {
             DeValue::Array(array) => {
                 Shape::Array(array.iter().map(|value| Self { document: self.document, value }).collect())
             }
-            DeValue::Table(table) => {
-                Shape::Table(Section { document: self.document, table, place: self.place(), known: Vec::new(), given_up: false })
-            }
+            DeValue::Table(table) => Shape::Table(Section {
+                document: self.document,
+                table,
+                place: self.place(),
+                known: Vec::new(),
+                given_up: false,
+            }),
         }
     }
 

@@ -132,11 +132,14 @@ fn prepare_schema(connection: &mut Connection, path: &Path) -> Result<(), Ledger
     let transaction = connection.transaction()?;
     let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
     match version {
-        0 => transaction.execute_batch(SCHEMA)?,
+        0 => {
+            transaction.execute_batch(SCHEMA)?;
+            transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+        }
+        // Writes nothing: it has to open on a full disk too.
         SCHEMA_VERSION => {}
         version => return Err(LedgerError::NewerVersion { file: path.to_owned(), version }),
     }
-    transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     Ok(transaction.commit()?)
 }
 

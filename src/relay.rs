@@ -100,8 +100,10 @@ impl Relay {
                 (None, StartAt::Earliest) => Start::Earliest,
             };
             let reader = journal.reader(start);
-            // A new sink's beginning must be known before the first event comes in.
-            ledger.settle(&sink_rules.name, reader.position(), Changes::default()).await?;
+            if !cursors.contains_key(&sink_rules.name) {
+                // A new sink's beginning must be known before the first event comes in.
+                ledger.settle(&sink_rules.name, reader.position(), Changes::default()).await?;
+            }
             let Some(id) = rules.table.sink(&sink_rules.name) else { continue };
             let sink = Sink::build(&sink_rules.name, &sink_rules.sink)?;
             sinks.push(sink.clone());
