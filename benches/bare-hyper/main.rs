@@ -44,7 +44,9 @@ fn serve(mut queue: mpsc::Receiver<TcpStream>) -> std::io::Result<()> {
             stream.set_nonblocking(true)?;
             let io = TokioIo::new(tokio::net::TcpStream::from_std(stream)?);
             // A client that goes away is none of the measurement's business.
-            tokio::spawn(async move { drop(http1::Builder::new().serve_connection(io, service_fn(answer)).await) });
+            tokio::spawn(async move {
+                drop(http1::Builder::new().writev(false).serve_connection(io, service_fn(answer)).await)
+            });
         }
         Ok(())
     })

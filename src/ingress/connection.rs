@@ -1,6 +1,7 @@
 //! One connection: HTTP/1.1 or cleartext HTTP/2, with a limit on every time it may take.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -98,15 +99,37 @@ async fn serve_http1(
         .header_read_timeout(None)
         .max_buf_size(MAX_HEADER_BYTES)
         .max_headers(MAX_HEADERS)
+        // An answer is small: one buffer costs less than a list of them.
+        .writev(false)
         .serve_connection(io, service(handler, activity.clone()));
+    let stopping = stop.clone();
     let mut timer = pin!(sleep(limits.header_timeout));
-    let mut stopping = false;
+    let mut told = pin!(told(&mut stop));
+    let (mut timer_armed, mut told_armed, mut is_told) = (false, false, false);
     loop {
-        tokio::select! {
-            biased;
-            result = &mut connection => return result,
-            () = &mut timer => match activity.expired(limits) {
-                Expired::Not(at) => timer.as_mut().reset(at),
+        let wake = poll_fn(|cx| {
+            if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+                return Poll::Ready(Wake::Ended(result));
+            }
+            // A task keeps its waker, so polling these once is enough until they are due; each poll takes a lock.
+            if (!timer_armed || timer.is_elapsed()) && timer.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Wake::Timer);
+            }
+            timer_armed = true;
+            let due = !told_armed || stopping.has_changed().unwrap_or(true);
+            if !is_told && due && told.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Wake::Told);
+            }
+            told_armed = true;
+            Poll::Pending
+        });
+        match wake.await {
+            Wake::Ended(result) => return result,
+            Wake::Timer => match activity.expired(limits) {
+                Expired::Not(at) => {
+                    timer.as_mut().reset(at);
+                    timer_armed = false;
+                }
                 Expired::Idle => return Ok(()),
                 Expired::Headers => {
                     let mut stream = connection.into_parts().io.io.into_inner();
@@ -115,12 +138,19 @@ async fn serve_http1(
                     return Ok(());
                 }
             },
-            () = told(&mut stop), if !stopping => {
-                stopping = true;
+            Wake::Told => {
+                is_told = true;
                 Pin::new(&mut connection).graceful_shutdown();
             }
         }
     }
+}
+
+/// Why a connection's task goes on.
+enum Wake {
+    Ended(hyper::Result<()>),
+    Timer,
+    Told,
 }
 
 /// Returns when it is time to stop.

@@ -25,6 +25,7 @@ mod scan;
 mod segment;
 mod space;
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "numbers and offsets in these tests are small")]
 mod tests;
 mod writer;
 

@@ -169,6 +169,7 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "offsets in a test are small")]
 mod tests {
     use super::*;
 
@@ -189,7 +190,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let header = Header::new(7).unwrap();
         let mut block = vec![0; 4096];
-        let mut check = |block: &[u8], expected: Found| {
+        let check = |block: &[u8], expected: Found| {
             file.set_len(0).unwrap();
             file.write_all_at(block, 0).unwrap();
             assert_eq!(Header::read(&file).unwrap(), expected);

@@ -450,8 +450,7 @@ fn read_all_closed(fixture: &Fixture) -> usize {
 
 /// A crash of the machine: of the bytes written after the last sync, each sector is there or not.
 fn drop_sectors(path: &Path, before: &[u8], kept: &[bool]) {
-    let after = fs::read(path).unwrap();
-    let mut mixed = after.clone();
+    let mut mixed = fs::read(path).unwrap();
     for (index, sector) in mixed.chunks_mut(512).enumerate() {
         if !kept[index % kept.len()] {
             sector.copy_from_slice(&before[index * 512..index * 512 + sector.len()]);

@@ -238,10 +238,9 @@ impl Lane {
         } else if self.under_way.len() < self.config.concurrency
             && (!self.ready.is_empty() || !self.waiting.is_empty())
             && self.breaker.begin_probe(now)
+            && let Some(delivery) = self.next_probe()
         {
-            if let Some(delivery) = self.next_probe() {
-                self.attempt(delivery);
-            }
+            self.attempt(delivery);
         }
     }
 
