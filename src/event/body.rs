@@ -85,7 +85,7 @@ impl<'a> Parsed<'a> {
         EventId(id)
     }
 
-    /// Writes the record that [`Event::decode`] reads. A `traceparent` that is none is left out.
+    /// Writes the record that [`super::Event::decode`] reads. A `traceparent` that is none is left out.
     pub fn encode(
         &self,
         id: EventId,

@@ -8,7 +8,7 @@
 //! A sink neither retries nor counts, and knows nothing of queues, the journal or other sinks. What errors, logs and
 //! previews say holds no secret, no body and no value of an event.
 //!
-//! A new sink is a file like the ones here, a variant of [`Config`] and of [`Client`], and their match arms below.
+//! A new sink is a file like the ones here, a variant of [`Config`] and of `Client`, and their match arms below.
 
 mod http;
 mod kafka;
