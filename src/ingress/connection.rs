@@ -16,7 +16,7 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper::server::conn::{http1, http2};
 use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
@@ -31,6 +31,9 @@ const MAX_HEADER_BYTES: usize = 32 << 10;
 const MAX_HEADERS: usize = 64;
 /// The most requests that one HTTP/2 connection may have open.
 const MAX_STREAMS: u32 = 256;
+/// How long, and for how many bytes, a connection is read on after its last request was refused.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 1 << 20;
 /// How an HTTP/2 connection begins. No HTTP/1 request does.
 const HTTP2_PREFACE: &[u8; 4] = b"PRI ";
 /// How often a connection is looked at that has sent less than a preface's beginning.
@@ -124,7 +127,12 @@ async fn serve_http1(
             Poll::Pending
         });
         match wake.await {
-            Wake::Ended(result) => return result,
+            Wake::Ended(result) => {
+                if result.as_ref().is_err_and(hyper::Error::is_parse) {
+                    linger(connection.into_parts().io.io.into_inner()).await;
+                }
+                return result;
+            }
             Wake::Timer => match activity.expired(limits) {
                 Expired::Not(at) => {
                     timer.as_mut().reset(at);
@@ -144,6 +152,22 @@ async fn serve_http1(
             }
         }
     }
+}
+
+/// Reads on for a moment after a request that was refused for its headers: a connection that is closed with unread bytes
+/// on it is reset, and the client may never see the answer.
+async fn linger(mut stream: TcpStream) {
+    let mut left = LINGER_BYTES;
+    let mut buffer = [0; 4096];
+    let read_on = async {
+        while let Ok(read @ 1..) = stream.read(&mut buffer).await
+            && left > 0
+        {
+            left = left.saturating_sub(read);
+        }
+    };
+    // Whether it has come to an end by then does not matter.
+    drop(timeout(LINGER, read_on).await);
 }
 
 /// Why a connection's task goes on.
