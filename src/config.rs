@@ -12,7 +12,7 @@ use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 use serde::Deserialize;
 
-use crate::document::{Lookup, resolve};
+use crate::document::{Lookup, resolved};
 use crate::{ingress, journal, telemetry};
 
 /// The file that is read if it is there.
@@ -252,7 +252,7 @@ fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) ->
 
 fn resolve_value(value: &mut Value, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), Box<figment::Error>> {
     match value {
-        Value::String(_, text) => match resolve(text, lookup) {
+        Value::String(_, text) => match resolved(text, lookup) {
             Ok(resolved) => *text = resolved,
             Err(problems) => {
                 let mut error = figment::Error::from(problems.join("; "));

@@ -21,7 +21,7 @@ use toml::de::{DeString, DeTable, DeValue, ValueDeserializer};
 
 use crate::template::Template;
 
-pub use reference::{Environment, Lookup};
+pub use reference::{Environment, Lookup, resolved};
 pub(crate) use reference::{Piece, pieces};
 
 /// Something wrong, or worth a warning, at a place in a file. Displays as `routes.toml:12:8: message`.
@@ -155,16 +155,6 @@ impl<'l> Document<'l> {
         }
         good
     }
-}
-
-/// A text with its `${…}` resolved.
-///
-/// # Errors
-///
-/// A message for each reference that is malformed or missing.
-pub fn resolve(text: &str, lookup: &dyn Lookup) -> Result<String, Vec<String>> {
-    let (pieces, problems) = pieces(text, lookup);
-    if problems.is_empty() { Ok(pieces.iter().map(Piece::value).collect()) } else { Err(problems) }
 }
 
 /// Where in a document something stands, for [`Section::problem_at`].

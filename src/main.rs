@@ -4,9 +4,6 @@ use std::process::ExitCode;
 
 use engage_relay::cli;
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     cli::main()
 }

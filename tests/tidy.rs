@@ -330,7 +330,7 @@ fn sources_keep_the_limits_and_words() {
             continue;
         }
         let lines = without_tests(&source).lines().count();
-        if lines > MAX_FILE {
+        if lines > MAX_FILE && !path.starts_with("tests") {
             complaints.push(format!("{place}: {lines} lines without tests; {MAX_FILE} are allowed"));
         }
         if !has_doc(&source) {

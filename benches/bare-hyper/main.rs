@@ -15,10 +15,6 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc;
 
-// As in the relay, so that the comparison is of what each does.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address: SocketAddr = std::env::args().nth(1).ok_or("usage: bare-hyper ADDRESS")?.parse()?;
     let listener = TcpListener::bind(address)?;

@@ -58,6 +58,16 @@ impl Piece<'_> {
     }
 }
 
+/// A text with its `${…}` resolved.
+///
+/// # Errors
+///
+/// A message for each reference that is malformed or missing.
+pub fn resolved(text: &str, lookup: &dyn Lookup) -> Result<String, Vec<String>> {
+    let (pieces, problems) = pieces(text, lookup);
+    if problems.is_empty() { Ok(pieces.iter().map(Piece::value).collect()) } else { Err(problems) }
+}
+
 /// Splits a text at its references and resolves them. `$${` is a literal `${`, up to the brace that would close it.
 ///
 /// The second value has a message for each reference that is malformed or missing, which then counts as empty.
