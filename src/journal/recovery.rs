@@ -24,12 +24,9 @@ use std::time::SystemTime;
 
 use super::record::{self, TERMINATOR};
 use super::scan::{Item, Scanner};
-use super::segment::{self, Found, HEADER_BLOCK, Header};
+use super::segment::{self, Found, HEADER_BLOCK, Header, SPARE};
 use super::space::Spare;
 use super::{OpenError, Position};
-
-/// Ending of the name of a file that is being made ready to become a segment.
-pub(super) const SPARE: &str = "spare";
 
 /// What a look at a journal directory gives: what is there, and what is wrong with it.
 #[derive(Debug)]

@@ -23,6 +23,8 @@ use std::path::{Path, PathBuf};
 
 use super::record::TERMINATOR;
 
+/// Ending of the name of a file that is made ready to become a segment.
+pub(super) const SPARE: &str = "spare";
 /// Offset of the first record, in bytes.
 pub(super) const HEADER_BLOCK: u64 = 4096;
 /// Offsets of the two copies of the header.

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
 
-use super::recovery::SPARE;
+use super::segment::SPARE;
 use super::{Segment, Shared, lock, segment};
 
 /// How often free space and retention are looked at.
