@@ -202,6 +202,21 @@ impl EventId {
     pub const LEN: usize = 30;
     const ALPHABET: &'static [u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
 
+    /// Adds the written form to a text.
+    pub fn write_to(self, text: &mut String) {
+        text.push_str(std::str::from_utf8(&self.written()).unwrap_or_default());
+    }
+
+    fn written(self) -> [u8; Self::LEN] {
+        let bits = u128::from_be_bytes(self.0);
+        let mut text = *b"evt_00000000000000000000000000";
+        for (place, digit) in text.iter_mut().skip(4).enumerate() {
+            let five = (bits >> (5 * (25 - place))) & 31;
+            *digit = Self::ALPHABET.get(five as usize).copied().unwrap_or(b'0');
+        }
+        text
+    }
+
     fn traceparent(self) -> String {
         let trace = u128::from_be_bytes(self.0);
         let span = Sha256::new().chain_update(b"span").chain_update(self.0).finalize();
@@ -212,13 +227,7 @@ impl EventId {
 
 impl fmt::Display for EventId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bits = u128::from_be_bytes(self.0);
-        let mut text = *b"evt_00000000000000000000000000";
-        for (place, digit) in text.iter_mut().skip(4).enumerate() {
-            let five = (bits >> (5 * (25 - place))) & 31;
-            *digit = Self::ALPHABET.get(five as usize).copied().unwrap_or(b'0');
-        }
-        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
+        f.write_str(std::str::from_utf8(&self.written()).unwrap_or_default())
     }
 }
 

@@ -104,6 +104,9 @@ async fn serve_http1(
         .max_headers(MAX_HEADERS)
         // An answer is small: one buffer costs less than a list of them.
         .writev(false)
+        // Or else hyper looks for the end of the stream while an answer waits for the disk, with a new buffer each time.
+        // A sender that has closed its half still gets the answer.
+        .half_close(true)
         .serve_connection(io, service(handler, activity.clone()));
     let stopping = stop.clone();
     let mut timer = pin!(sleep(limits.header_timeout));

@@ -1,10 +1,12 @@
 //! The one handler: from a request to an answer.
 
-use std::fmt::Write as _;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
+use futures_util::poll;
 use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt as _, Full};
@@ -15,7 +17,7 @@ use tokio::time::timeout;
 use super::Config;
 use super::auth::Auth;
 use crate::event::{self, BodyError, EventId};
-use crate::journal::{AppendError, Appender};
+use crate::journal::{Append, AppendError, Appender};
 
 /// What is written to an HTTP/1.1 connection whose request's headers have taken too long.
 pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
@@ -48,14 +50,14 @@ impl Handler {
     pub(super) async fn handle(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         let (version, is_head) = (request.version(), request.method() == Method::HEAD);
         match self.accept(request).await {
-            Ok(ids) => accepted(&ids),
+            Ok(response) => response,
             // Over HTTP/2 hyper would send the content nevertheless, which breaks the protocol.
             Err(refusal) if is_head => refusal.into_response(self, version).map(|_| Full::default()),
             Err(refusal) => refusal.into_response(self, version),
         }
     }
 
-    async fn accept(&self, request: Request<Incoming>) -> Result<Vec<EventId>, Refusal> {
+    async fn accept(&self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Refusal> {
         let (head, mut body) = request.into_parts();
         let token = match self.check(&head) {
             Ok(token) => token,
@@ -64,25 +66,54 @@ impl Handler {
                 return Err(refusal);
             }
         };
-        let content = match timeout(self.body_timeout, read(&mut body, self.max_body)).await {
-            Ok(Ok(content)) => content,
-            Ok(Err(refusal)) => {
+        let content = match self.read(&mut body).await {
+            Ok(content) => content,
+            Err(Refusal::BodyTimeout) => return Err(Refusal::BodyTimeout),
+            Err(refusal) => {
                 self.drain(body, &head.headers);
                 return Err(refusal);
             }
-            Err(_) => return Err(Refusal::BodyTimeout),
         };
+        let (append, answer) = self.store(&content, token, &head.headers)?;
+        // The request's buffers are free for the next one, and its map of headers serves the answer.
+        drop((content, body));
+        let mut headers = head.headers;
+        headers.clear();
+        append.await?;
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let mut response = Response::new(Full::from(answer));
+        *response.headers_mut() = headers;
+        Ok(response)
+    }
+
+    /// Reads a whole body, in the time it may take.
+    async fn read(&self, body: &mut Incoming) -> Result<Bytes, Refusal> {
+        let mut reading = pin!(read(body, self.max_body));
+        // Most bodies are there when their headers are, and need no timer.
+        match poll!(reading.as_mut()) {
+            Poll::Ready(content) => content,
+            Poll::Pending => timeout(self.body_timeout, reading).await.unwrap_or(Err(Refusal::BodyTimeout)),
+        }
+    }
+
+    /// Hands the events of a body to the journal; returns the answer that is due when they are durable.
+    fn store(&self, content: &[u8], token: &str, headers: &HeaderMap) -> Result<(Append, String), Refusal> {
         let received_at = SystemTime::now();
-        let events = event::parse(&content)?;
-        let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
-        let ids: Vec<_> = events.iter().map(event::Parsed::id).collect();
+        let events = event::parse(content)?;
+        let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
+        let mut answer = String::with_capacity(r#"{"ids":[]}"#.len() + events.len() * (EventId::LEN + 3));
+        answer.push_str(r#"{"ids":["#);
         let append = self.appender.append(|entries| {
-            for (event, id) in events.iter().zip(&ids) {
-                entries.entry(|out| event.encode(*id, received_at, token, traceparent, out));
+            for (index, event) in events.iter().enumerate() {
+                let id = event.id();
+                answer.push_str(if index == 0 { "\"" } else { ",\"" });
+                id.write_to(&mut answer);
+                answer.push('"');
+                entries.entry(|out| event.encode(id, received_at, token, traceparent, out));
             }
-        });
-        append?.await?;
-        Ok(ids)
+        })?;
+        answer.push_str("]}");
+        Ok((append, answer))
     }
 
     /// What can be said before the body is read; the name of the sender's token.
@@ -138,21 +169,6 @@ async fn read(body: &mut Incoming, max: u64) -> Result<Bytes, Refusal> {
         }
     }
     Ok(if whole.is_empty() { first } else { whole.freeze() })
-}
-
-fn accepted(ids: &[EventId]) -> Response<Full<Bytes>> {
-    let mut body = String::with_capacity(10 + ids.len() * (EventId::LEN + 3));
-    body.push_str("{\"ids\":[");
-    for (index, id) in ids.iter().enumerate() {
-        let comma = if index == 0 { "" } else { "," };
-        if write!(body, "{comma}\"{id}\"").is_err() {
-            unreachable!("writing to a string does not fail");
-        }
-    }
-    body.push_str("]}");
-    let mut response = Response::new(Full::from(body));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
 }
 
 /// Why a request is not accepted.

@@ -32,6 +32,7 @@ mod writer;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
@@ -145,6 +146,8 @@ struct Shared {
     segments: Mutex<Segments>,
     durable: watch::Sender<Position>,
     health: watch::Sender<Health>,
+    /// Whether `health` is [`Health::Serving`]: cheap to read for every append.
+    is_serving: AtomicBool,
     queue: writer::Queue,
     spare: space::Slot,
 }
@@ -210,6 +213,7 @@ impl Journal {
             segments: Mutex::new(Segments { list, holds: BTreeMap::new(), next_hold: 0 }),
             durable: watch::Sender::new(end),
             health: watch::Sender::new(Health::Serving),
+            is_serving: AtomicBool::new(true),
             queue: writer::Queue::default(),
             spare: space::Slot::new(spare),
         });
@@ -279,6 +283,7 @@ impl Shared {
     fn fail(&self, error: &io::Error) {
         tracing::error!(%error, dir = %self.dir.display(), "journal failed; nothing more is accepted");
         self.health.send_replace(Health::Failed(error.to_string()));
+        self.is_serving.store(false, Ordering::Relaxed);
     }
 
     /// Says whether there is room, unless the journal has failed.
@@ -291,6 +296,7 @@ impl Shared {
                     Health::Full(reason) => tracing::error!(%reason, "journal full; nothing is accepted until lanes catch up or space is freed"),
                     Health::Serving | Health::Failed(_) => tracing::info!("journal has room again"),
                 }
+                self.is_serving.store(new == Health::Serving, Ordering::Relaxed);
                 *health = new;
             }
             changed

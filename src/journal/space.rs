@@ -2,7 +2,8 @@
 //!
 //! A segment is needed while it is written to, or while a reader holds a position in it. Others are kept for
 //! `retention`, but given up before, the oldest first, when `max_disk` or `min_free_disk` asks for it. A segment that is
-//! given up becomes the next spare file where one is wanted: it has all its blocks already.
+//! given up becomes a spare file where there are fewer than two: it has all its blocks already, and spares the disk the
+//! zeros of a new one.
 
 use std::fs::File;
 use std::io;
@@ -21,6 +22,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// A segment with less than this part of it left counts as used up.
 const NEARLY_USED_UP: u64 = 64;
 
+/// How many files at most are kept ready; only one is made anew.
+const MAX_SPARES: usize = 2;
+
 /// A file that is ready to become the next segment.
 #[derive(Debug)]
 pub(super) struct Spare {
@@ -37,7 +41,7 @@ pub(super) struct Slot {
 
 #[derive(Default)]
 struct State {
-    spare: Option<Spare>,
+    spares: Vec<Spare>,
     /// Bytes of a spare that was taken and is not yet among the segments.
     taken: u64,
     /// Why there is none, if it was tried.
@@ -47,7 +51,10 @@ struct State {
 
 impl Slot {
     pub(super) fn new(spare: Option<Spare>) -> Self {
-        Self { state: Mutex::new(State { spare, ..State::default() }), changed: Condvar::new() }
+        Self {
+            state: Mutex::new(State { spares: spare.into_iter().collect(), ..State::default() }),
+            changed: Condvar::new(),
+        }
     }
 
     /// Takes the spare file; waits while one is being made.
@@ -58,7 +65,7 @@ impl Slot {
     pub(super) fn take(&self) -> Result<Spare, Arc<str>> {
         let mut state = lock(&self.state);
         loop {
-            if let Some(spare) = state.spare.take() {
+            if let Some(spare) = state.spares.pop() {
                 state.taken = spare.size;
                 self.changed.notify_all();
                 return Ok(spare);
@@ -78,10 +85,10 @@ impl Slot {
         lock(&self.state).taken = 0;
     }
 
-    /// How many bytes the spare takes, and the one on its way.
+    /// How many bytes the spares take, and the one on its way.
     pub(super) fn bytes(&self) -> u64 {
         let state = lock(&self.state);
-        state.taken + state.spare.as_ref().map_or(0, |spare| spare.size)
+        state.taken + state.spares.iter().map(|spare| spare.size).sum::<u64>()
     }
 
     pub(super) fn close(&self) {
@@ -89,23 +96,30 @@ impl Slot {
         self.changed.notify_all();
     }
 
-    fn is_wanted(&self) -> bool {
-        lock(&self.state).spare.is_none()
+    fn is_empty(&self) -> bool {
+        lock(&self.state).spares.is_empty()
+    }
+
+    fn has_room(&self) -> bool {
+        lock(&self.state).spares.len() < MAX_SPARES
     }
 
     fn put(&self, spare: Result<Spare, Arc<str>>) {
         let mut state = lock(&self.state);
         match spare {
-            Ok(spare) => (state.spare, state.refused) = (Some(spare), None),
+            Ok(spare) => {
+                state.spares.push(spare);
+                state.refused = None;
+            }
             Err(reason) => state.refused = Some(reason),
         }
         self.changed.notify_all();
     }
 
-    /// Waits until the spare is taken, the slot is closed, or `INTERVAL` is over; says whether to go on.
+    /// Waits until no spare is left, the slot is closed, or `INTERVAL` is over; says whether to go on.
     fn wait(&self) -> bool {
         let state = lock(&self.state);
-        let idle = |state: &mut State| !state.closed && (state.spare.is_some() || state.refused.is_some());
+        let idle = |state: &mut State| !state.closed && (!state.spares.is_empty() || state.refused.is_some());
         let waited = self.changed.wait_timeout_while(state, INTERVAL, idle);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         !state.closed
@@ -148,14 +162,14 @@ impl Keeper {
             let Some(old) = self.take_unneeded(|_| true) else {
                 let reason = format!("less than {} of disk is free", ByteSize::b(min_free));
                 self.shared.set_full(Some(reason));
-                if self.shared.spare.is_wanted() {
+                if self.shared.spare.is_empty() {
                     self.shared.spare.put(Err("the disk is full".into()));
                 }
                 return Ok(());
             };
             std::fs::remove_file(&old.path)?;
         }
-        if self.shared.spare.is_wanted() {
+        if self.shared.spare.is_empty() {
             let spare = self.make_spare()?;
             self.shared.spare.put(spare);
         }
@@ -207,7 +221,7 @@ impl Keeper {
         give_up.then(|| segments.list.pop_front())?
     }
 
-    /// A name that no file has. One spare exists at a time, and one that the writer is renaming.
+    /// A name that no file has: there may be other spares, and one that the writer is renaming.
     fn spare_path(&mut self) -> PathBuf {
         loop {
             self.made += 1;
@@ -219,7 +233,7 @@ impl Keeper {
     }
 
     fn give_up(&mut self, old: &Segment) -> io::Result<()> {
-        if self.shared.spare.is_wanted()
+        if self.shared.spare.has_room()
             && let Some(spare) = self.recycle(old)?
         {
             self.shared.spare.put(Ok(spare));

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
@@ -101,10 +102,12 @@ impl Appender {
     ///
     /// [`AppendError`]: nothing was added.
     pub fn append(&self, fill: impl FnOnce(&mut Entries<'_>)) -> Result<Append, AppendError> {
-        match &*self.shared.health.borrow() {
-            Health::Serving => {}
-            Health::Full(reason) => return Err(AppendError::Full(reason.as_str().into())),
-            Health::Failed(_) => return Err(AppendError::Failed),
+        if !self.shared.is_serving.load(Ordering::Relaxed) {
+            match &*self.shared.health.borrow() {
+                Health::Serving => {}
+                Health::Full(reason) => return Err(AppendError::Full(reason.as_str().into())),
+                Health::Failed(_) => return Err(AppendError::Failed),
+            }
         }
         let mut batch = lock(&self.core.open);
         if batch.records.len() > MAX_WAITING_BYTES {
