@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,12 +24,11 @@ use super::{Durability, Health, Position, Segment, Shared, lock, space};
 const SUBMIT_BYTES: usize = 512 << 10;
 /// The most bytes of records that one core's requests may have waiting; beyond it appends are refused.
 const MAX_WAITING_BYTES: usize = 32 << 20;
-/// From this many waiting requests on, the writer lets more gather, so that each commit takes more of them.
-const MANY: usize = 32;
-/// While many requests wait and more keep coming, commits begin this far apart.
-const COMMIT_GAP: Duration = Duration::from_millis(1);
-/// How often it is looked whether more have come.
-const GATHER_STEP: Duration = Duration::from_micros(100);
+/// After a commit of this many requests or more, the writer lets half as many gather for the next: a commit costs about
+/// the same for few as for many.
+const MANY: usize = 16;
+/// But not for longer than this from the beginning of the last commit.
+const COMMIT_GAP: Duration = Duration::from_millis(2);
 /// A buffer that has grown beyond this is not kept for the next batch.
 const KEPT_BUFFER: usize = 1 << 20;
 /// How many buffers a core keeps.
@@ -222,7 +221,10 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct QueueState {
     batches: Vec<Batch>,
+    /// How many requests wait in them.
     waiting: usize,
+    /// From how many on the writer wants to be woken.
+    wanted: usize,
     closed: bool,
 }
 
@@ -234,10 +236,14 @@ impl Queue {
             batch.complete(Outcome { durable: 0, error: Some(AppendError::Closed) });
             return;
         }
+        let before = state.waiting;
         state.waiting += batch.count;
+        let enough = before < state.wanted && state.waiting >= state.wanted;
         state.batches.push(batch);
         drop(state);
-        self.filled.notify_one();
+        if enough {
+            self.filled.notify_one();
+        }
     }
 
     pub(super) fn close(&self) {
@@ -246,24 +252,20 @@ impl Queue {
     }
 
     /// Waits for batches and takes them all; `None` once the queue is closed and empty.
-    fn take(&self, last_commit: Instant, spare: Vec<Batch>) -> Option<Vec<Batch>> {
+    fn take(&self, last: &LastCommit, spare: Vec<Batch>) -> Option<Vec<Batch>> {
         let mut state = lock(&self.state);
-        while state.batches.is_empty() {
-            if state.closed {
-                return None;
-            }
-            state = self.filled.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        if last.count >= MANY {
+            state.wanted = last.count / 2;
+            let left = COMMIT_GAP.saturating_sub(last.begun.elapsed());
+            let gathered =
+                self.filled.wait_timeout_while(state, left, |state| state.waiting < state.wanted && !state.closed);
+            (state, _) = gathered.unwrap_or_else(PoisonError::into_inner);
         }
-        let mut seen = 0;
-        while state.waiting >= MANY && state.waiting > seen && last_commit.elapsed() < COMMIT_GAP && !state.closed {
-            seen = state.waiting;
-            drop(state);
-            // Not the condition variable: being woken for each batch would cost what gathering saves.
-            std::thread::sleep(GATHER_STEP);
-            state = lock(&self.state);
-        }
+        state.wanted = 1;
+        let filled = self.filled.wait_while(state, |state| state.batches.is_empty() && !state.closed);
+        state = filled.unwrap_or_else(PoisonError::into_inner);
         state.waiting = 0;
-        Some(std::mem::replace(&mut state.batches, spare))
+        (!state.batches.is_empty()).then(|| std::mem::replace(&mut state.batches, spare))
     }
 }
 
@@ -276,6 +278,12 @@ impl Batch {
             core.wake.notify_one();
         }
     }
+}
+
+/// When the last commit began, and how many requests it took.
+struct LastCommit {
+    begun: Instant,
+    count: usize,
 }
 
 /// The thread that writes.
@@ -335,10 +343,10 @@ impl Writer {
 
     /// Runs until the queue is closed and empty, or a write fails.
     pub(super) fn run(mut self) {
-        let mut last_commit = Instant::now();
+        let mut last = LastCommit { begun: Instant::now(), count: 0 };
         let mut taken = Vec::new();
-        while let Some(mut batches) = self.shared.queue.take(last_commit, taken) {
-            last_commit = Instant::now();
+        while let Some(mut batches) = self.shared.queue.take(&last, taken) {
+            last = LastCommit { begun: Instant::now(), count: batches.iter().map(|batch| batch.count).sum() };
             let result = self.commit(&mut batches);
             for (batch, durable) in batches.drain(..).zip(result.durable) {
                 batch.complete(Outcome { durable, error: result.error.clone() });
