@@ -1,89 +1,79 @@
-//! The ledger: each lane's cursor, and the deliveries that will not be tried again, in an SQLite database.
+//! The ledger: each lane's progress, its parked deliveries and the dead letters, in an SQLite database.
 //!
 //! One thread owns the connection. Whatever lanes ask for meanwhile goes into one transaction, so that a busy relay
-//! still syncs only a few times a second. A lane's cursor and the dead letters that it passes move together.
+//! still syncs only a few times a second. A lane's progress and the deliveries that it parks or buries move together.
 //!
-//! The ledger does not know what an event is or where sinks are; operators may open the file with `sqlite3`.
+//! `schema` has the tables, `changes` what lanes write, `parked` what they read, `letters` what operators see; `check`
+//! looks for damage. The ledger does not know what an event is or where sinks are; operators may open the file with
+//! `sqlite3`.
 
+mod changes;
+mod letters;
+mod parked;
+mod schema;
+
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
-use rusqlite::{Connection, Transaction, params};
+use rusqlite::{Connection, Transaction};
 use tokio::sync::oneshot;
+
+pub use changes::{Change, DeadLetter, Parked, Progress, Reason};
+pub use letters::{Filter, Letter, Letters};
+pub use parked::{Due, ParkedRow, Wanted};
 
 use crate::journal::Position;
 
-/// The schema that this version writes, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 1;
-const SCHEMA: &str = "
-    CREATE TABLE cursors (
-        lane TEXT PRIMARY KEY,
-        position INTEGER NOT NULL,      -- the next event that is not settled
-        updated_at INTEGER NOT NULL     -- Unix milliseconds
-    ) WITHOUT ROWID;
-    CREATE TABLE dead_letters (
-        id INTEGER PRIMARY KEY,
-        lane TEXT NOT NULL,
-        position INTEGER NOT NULL,
-        event_id TEXT NOT NULL,
-        route TEXT NOT NULL,
-        reason TEXT NOT NULL,           -- why it is not tried again
-        error_kind TEXT NOT NULL,
-        error TEXT NOT NULL,
-        attempts INTEGER NOT NULL,
-        died_at INTEGER NOT NULL,       -- Unix milliseconds
-        record BLOB NOT NULL,           -- the event as the journal had it
-        UNIQUE (lane, position)
-    );
-";
+/// Unix time in milliseconds.
+pub type Millis = i64;
+
 /// How many requests may wait for the thread.
 const QUEUE: usize = 1024;
+/// How long a transaction waits for somebody else who has the file locked, an operator with `sqlite3` for example.
+const BUSY: Duration = Duration::from_secs(5);
 
 /// A handle on the ledger. Clones share it; the thread ends with the last.
 #[derive(Clone)]
 pub struct Ledger {
-    requests: SyncSender<Request>,
+    requests: SyncSender<Box<dyn Request>>,
 }
 
 /// A ledger that was just opened.
 pub struct Opened {
     /// The handle.
     pub ledger: Ledger,
-    /// The cursor of every lane that it knows.
-    pub cursors: Vec<(String, Position)>,
+    /// How far every lane that it knows has come.
+    pub progress: HashMap<String, Progress>,
     /// The thread that owns the file; it can be joined once all handles are dropped.
     pub thread: JoinHandle<()>,
 }
 
-/// What a lane settles besides its cursor.
-#[derive(Debug, Default)]
-pub struct Changes {
-    /// Deliveries that will not be tried again.
-    pub dead: Vec<DeadLetter>,
+/// Something that is done within a transaction, and answered when that is committed.
+trait Request: Send {
+    fn run(&mut self, transaction: &Transaction<'_>) -> rusqlite::Result<()>;
+    fn done(self: Box<Self>, result: Result<(), LedgerError>);
 }
 
-/// A delivery that will not be tried again.
-#[derive(Clone, Debug)]
-#[expect(missing_docs, reason = "named like the columns")]
-pub struct DeadLetter {
-    pub position: Position,
-    pub event_id: String,
-    pub route: String,
-    pub reason: &'static str,
-    pub error_kind: String,
-    pub error: String,
-    pub attempts: u32,
-    pub record: Bytes,
+struct Task<T, W> {
+    work: W,
+    value: Option<T>,
+    answer: oneshot::Sender<Result<T, LedgerError>>,
 }
 
-struct Request {
-    lane: String,
-    cursor: Position,
-    changes: Changes,
-    done: oneshot::Sender<Result<(), LedgerError>>,
+impl<T: Send, W: FnMut(&Transaction<'_>) -> rusqlite::Result<T> + Send> Request for Task<T, W> {
+    fn run(&mut self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
+        self.value = Some((self.work)(transaction)?);
+        Ok(())
+    }
+
+    fn done(self: Box<Self>, result: Result<(), LedgerError>) {
+        let Self { value, answer, .. } = *self;
+        // Whoever asked and has gone away does not need the answer.
+        drop(answer.send(result.and_then(|()| value.ok_or(LedgerError::Ended))));
+    }
 }
 
 impl Ledger {
@@ -94,32 +84,92 @@ impl Ledger {
     /// [`LedgerError`]: the file can't be read or written, or a newer version wrote it.
     pub fn open(path: &Path) -> Result<Opened, LedgerError> {
         let mut connection = Connection::open(path)?;
+        connection.busy_timeout(BUSY)?;
         connection.pragma_update(None, "journal_mode", "wal")?;
         connection.pragma_update(None, "synchronous", "full")?;
-        prepare_schema(&mut connection, path)?;
-        let cursors = load_cursors(&connection)?;
+        schema::prepare(&mut connection, path)?;
+        parked::heal(&connection, now())?;
+        let progress = load_progress(&connection)?;
         let (requests, queue) = sync_channel(QUEUE);
         let run = move || serve(&mut connection, &queue);
         let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(run).map_err(LedgerError::Thread)?;
-        Ok(Opened { ledger: Self { requests }, cursors, thread })
+        Ok(Opened { ledger: Self { requests }, progress, thread })
     }
 
-    /// Moves a lane's cursor, together with what it passes. Durable on return.
+    /// Writes a lane's progress, together with what it passes, or changes alone. Durable on return.
     ///
     /// # Errors
     ///
     /// [`LedgerError`]: nothing has changed; it can be tried again.
-    pub async fn settle(&self, lane: &str, cursor: Position, changes: Changes) -> Result<(), LedgerError> {
-        let (done, result) = oneshot::channel();
-        let request = Request { lane: lane.to_owned(), cursor, changes, done };
-        // Lanes settle one at a time, so that the queue is full only while the disk hangs; the lane waits elsewhere then.
+    pub async fn settle(
+        &self,
+        lane: &str,
+        progress: Option<Progress>,
+        changes: Vec<Change>,
+    ) -> Result<(), LedgerError> {
+        let lane = lane.to_owned();
+        self.run(move |transaction| changes::settle(transaction, &lane, progress.as_ref(), &changes, now())).await
+    }
+
+    /// A lane's parked deliveries that are due.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]; it can be tried again.
+    pub async fn due(&self, lane: &str, wanted: Wanted) -> Result<Due, LedgerError> {
+        let lane = lane.to_owned();
+        self.run(move |transaction| parked::due(transaction, &lane, &wanted)).await
+    }
+
+    /// How many parked deliveries a lane has of each key.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`].
+    pub async fn parked_keys(&self, lane: &str) -> Result<Vec<(Option<String>, usize)>, LedgerError> {
+        let lane = lane.to_owned();
+        self.run(move |transaction| parked::keys(transaction, &lane)).await
+    }
+
+    /// Makes dead letters of the parked deliveries of a lane that is no more, and forgets its progress; how many there
+    /// were.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: nothing has changed.
+    pub async fn close_lane(&self, lane: &str) -> Result<usize, LedgerError> {
+        let lane = lane.to_owned();
+        self.run(move |transaction| changes::close_lane(transaction, &lane, now())).await
+    }
+
+    /// Discards dead letters; how many there were.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: nothing has changed.
+    pub async fn discard(&self, ids: Vec<i64>) -> Result<usize, LedgerError> {
+        self.run(move |transaction| {
+            let mut delete = transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?;
+            ids.iter().map(|id| delete.execute([id])).sum()
+        })
+        .await
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnMut(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, LedgerError> {
+        let (answer, result) = oneshot::channel();
+        let task: Box<dyn Request> = Box::new(Task { work, value: None, answer });
+        // Lanes ask for one thing at a time, so that the queue is full only while the disk hangs; the lane waits
+        // elsewhere then.
         let requests = self.requests.clone();
-        let sent = match requests.try_send(request) {
+        let sent = match requests.try_send(task) {
             Ok(()) => true,
-            Err(std::sync::mpsc::TrySendError::Full(request)) => {
-                tokio::task::spawn_blocking(move || requests.send(request)).await.is_ok_and(|sent| sent.is_ok())
+            Err(TrySendError::Full(task)) => {
+                tokio::task::spawn_blocking(move || requests.send(task)).await.is_ok_and(|sent| sent.is_ok())
             }
-            Err(std::sync::mpsc::TrySendError::Disconnected(_)) => false,
+            Err(TrySendError::Disconnected(_)) => false,
         };
         if !sent {
             return Err(LedgerError::Ended);
@@ -128,76 +178,41 @@ impl Ledger {
     }
 }
 
-fn prepare_schema(connection: &mut Connection, path: &Path) -> Result<(), LedgerError> {
-    let transaction = connection.transaction()?;
-    let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    match version {
-        0 => {
-            transaction.execute_batch(SCHEMA)?;
-            transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
-        }
-        // Writes nothing: it has to open on a full disk too.
-        SCHEMA_VERSION => {}
-        version => return Err(LedgerError::NewerVersion { file: path.to_owned(), version }),
-    }
-    Ok(transaction.commit()?)
+/// The time as the ledger writes it.
+pub fn now() -> Millis {
+    millis(SystemTime::now())
 }
 
-fn load_cursors(connection: &Connection) -> Result<Vec<(String, Position)>, LedgerError> {
-    let mut statement = connection.prepare("SELECT lane, position FROM cursors")?;
-    let rows = statement.query_map([], |row| Ok((row.get(0)?, Position::from_stored(row.get(1)?))))?;
+/// A time as the ledger writes it.
+pub fn millis(time: SystemTime) -> Millis {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    Millis::try_from(since).unwrap_or(Millis::MAX)
+}
+
+fn load_progress(connection: &Connection) -> Result<HashMap<String, Progress>, LedgerError> {
+    let mut statement = connection.prepare("SELECT lane, position, ahead FROM cursors")?;
+    let rows = statement.query_map([], |row| {
+        let (cursor, ahead): (_, Vec<u8>) = (Position::from_stored(row.get(1)?), row.get(2)?);
+        Ok((row.get(0)?, Progress::decode(cursor, &ahead)))
+    })?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
 /// Takes what has gathered, does it in one transaction, and answers; until all handles are dropped.
-fn serve(connection: &mut Connection, queue: &Receiver<Request>) {
+fn serve(connection: &mut Connection, queue: &Receiver<Box<dyn Request>>) {
     while let Ok(first) = queue.recv() {
-        let requests: Vec<Request> = std::iter::once(first).chain(queue.try_iter().take(QUEUE)).collect();
-        let result = commit(connection, &requests).map_err(|error| error.to_string());
+        let mut requests: Vec<_> = std::iter::once(first).chain(queue.try_iter().take(QUEUE)).collect();
+        let result = commit(connection, &mut requests).map_err(|error| error.to_string());
         for request in requests {
-            // A lane that has gone away does not need the answer.
-            drop(request.done.send(result.clone().map_err(LedgerError::Failed)));
+            request.done(result.clone().map_err(LedgerError::Failed));
         }
     }
 }
 
-fn commit(connection: &mut Connection, requests: &[Request]) -> rusqlite::Result<()> {
+fn commit(connection: &mut Connection, requests: &mut [Box<dyn Request>]) -> rusqlite::Result<()> {
     let transaction = connection.transaction()?;
-    for request in requests {
-        settle(&transaction, request)?;
-    }
+    requests.iter_mut().try_for_each(|request| request.run(&transaction))?;
     transaction.commit()
-}
-
-fn settle(transaction: &Transaction<'_>, request: &Request) -> rusqlite::Result<()> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let now = i64::try_from(now).unwrap_or(i64::MAX);
-    for dead in &request.changes.dead {
-        // After a crash the same delivery may die again.
-        let mut insert = transaction.prepare_cached(
-            "INSERT OR REPLACE INTO dead_letters
-             (lane, position, event_id, route, reason, error_kind, error, attempts, died_at, record)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
-        )?;
-        insert.execute(params![
-            request.lane,
-            dead.position.to_stored(),
-            dead.event_id,
-            dead.route,
-            dead.reason,
-            dead.error_kind,
-            dead.error,
-            dead.attempts,
-            now,
-            &dead.record[..],
-        ])?;
-    }
-    let mut upsert = transaction.prepare_cached(
-        "INSERT INTO cursors (lane, position, updated_at) VALUES (?1, ?2, ?3)
-         ON CONFLICT (lane) DO UPDATE SET position = excluded.position, updated_at = excluded.updated_at",
-    )?;
-    upsert.execute(params![request.lane, request.cursor.to_stored(), now])?;
-    Ok(())
 }
 
 /// Why the ledger did not do what it was asked.
@@ -226,48 +241,4 @@ pub enum LedgerError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn dead(position: i64) -> DeadLetter {
-        DeadLetter {
-            position: Position::from_stored(position),
-            event_id: format!("evt_{position}"),
-            route: "all".into(),
-            reason: "rejected",
-            error_kind: "http_400".into(),
-            error: "bad request".into(),
-            attempts: 1,
-            record: Bytes::from_static(b"record"),
-        }
-    }
-
-    #[tokio::test]
-    async fn cursors_and_dead_letters_survive_reopening() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("ledger.sqlite");
-        let Opened { ledger, cursors, thread } = Ledger::open(&path).unwrap();
-        assert_eq!(cursors, []);
-        let at = Position::from_stored;
-        ledger.settle("crm", at(5), Changes { dead: vec![dead(3), dead(4)] }).await.unwrap();
-        ledger.settle("ops", at(2), Changes::default()).await.unwrap();
-        ledger.settle("crm", at(9), Changes { dead: vec![dead(4)] }).await.unwrap();
-        drop(ledger);
-        thread.join().unwrap();
-        let connection = Connection::open(&path).unwrap();
-        let dead: i64 = connection.query_row("SELECT count(*) FROM dead_letters", [], |row| row.get(0)).unwrap();
-        assert_eq!(dead, 2, "the one that died twice counts once");
-        let mut cursors = Ledger::open(&path).unwrap().cursors;
-        cursors.sort();
-        assert_eq!(cursors, [("crm".to_owned(), at(9)), ("ops".to_owned(), at(2))]);
-    }
-
-    #[test]
-    fn a_newer_schema_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("ledger.sqlite");
-        drop(Ledger::open(&path).unwrap());
-        Connection::open(&path).unwrap().pragma_update(None, "user_version", 2).unwrap();
-        assert!(matches!(Ledger::open(&path), Err(LedgerError::NewerVersion { version: 2, .. })));
-    }
-}
+mod tests;

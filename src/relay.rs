@@ -19,8 +19,9 @@ use crate::config::{Config, ShutdownConfig};
 use crate::ingress::{Auth, AuthError, Ingress};
 use crate::journal::recovery::{Finding, Kind};
 use crate::journal::{Health, Journal, OpenError, Position, Start};
-use crate::lane::{Lane, Phase, Remains, StartAt};
-use crate::ledger::{Changes, Ledger, LedgerError, Opened};
+use crate::lane::{Beginning, Control, Lane, Phase, Remains, StartAt, Unrouted};
+use crate::ledger::{Ledger, LedgerError, Opened, Progress};
+use crate::routing::UNROUTED;
 use crate::rules::Rules;
 use crate::sink::{BuildError, Sink};
 
@@ -64,6 +65,7 @@ struct Relay {
     journal: Journal,
     ingress: Ingress,
     lanes: JoinSet<(String, Remains)>,
+    controls: Vec<(String, Control)>,
     sinks: Vec<Sink>,
     phase: watch::Sender<Phase>,
     ledger_thread: JoinHandle<()>,
@@ -77,45 +79,42 @@ impl Relay {
         if let Some(path) = generated {
             info!(file = %path.display(), "no token is configured; senders need the one in this file");
         }
-        let Opened { ledger, cursors, thread: ledger_thread } = Ledger::open(&dir.join("ledger.sqlite"))?;
-        let cursors: HashMap<String, Position> = cursors.into_iter().collect();
-        let of_sinks = rules.sinks.iter().filter_map(|sink| cursors.get(&sink.name)).copied();
-        let floor = cursors.values().copied().max().unwrap_or(Position::ZERO);
-        let needed = of_sinks.min().unwrap_or(floor);
+        let Opened { ledger, progress, thread: ledger_thread } = Ledger::open(&dir.join("ledger.sqlite"))?;
+        let is_lane = |name: &str| match name {
+            UNROUTED => rules.table.keeps_unrouted(),
+            name => rules.sinks.iter().any(|sink| sink.name == name),
+        };
+        let of_lanes = progress.iter().filter(|(name, _)| is_lane(name)).map(|(_, progress)| progress.cursor);
+        let floor = progress.values().map(|progress| progress.cursor).max().unwrap_or(Position::ZERO);
+        let needed = of_lanes.min().unwrap_or(floor);
         let (mut journal, findings) =
             Journal::open(&dir.join("journal"), &dir.join("quarantine"), &config.journal, needed, floor)?;
         findings.iter().for_each(report);
-        for (name, cursor) in &cursors {
-            if !rules.sinks.iter().any(|sink| sink.name == *name) {
-                let unread = journal.end().since(*cursor);
-                warn!(sink = %name, unread, "a sink is no longer in the rules; the events that it has not read stay unread");
-            }
-        }
         let phase = watch::Sender::new(Phase::Running);
-        let (mut lanes, mut sinks) = (JoinSet::new(), Vec::new());
+        let mut beginnings = Beginnings { journal: &mut journal, ledger: &ledger, progress };
+        let (mut lanes, mut controls, mut sinks) = (JoinSet::new(), Vec::new(), Vec::new());
         for sink_rules in &rules.sinks {
-            let start = match (cursors.get(&sink_rules.name), sink_rules.lane.start) {
-                (Some(cursor), _) => Start::At(*cursor),
-                (None, StartAt::End) => Start::End,
-                (None, StartAt::Earliest) => Start::Earliest,
-            };
-            let reader = journal.reader(start);
-            if !cursors.contains_key(&sink_rules.name) {
-                // A new sink's beginning must be known before the first event comes in.
-                ledger.settle(&sink_rules.name, reader.position(), Changes::default()).await?;
-            }
             let Some(id) = rules.table.sink(&sink_rules.name) else { continue };
-            let sink = Sink::build(&sink_rules.name, &sink_rules.sink)?;
+            let (name, lane_config) = (sink_rules.name.clone(), sink_rules.lane.clone());
+            let beginning = beginnings.of(&name, lane_config.start).await?;
+            let sink = Sink::build(&name, &sink_rules.sink)?;
             sinks.push(sink.clone());
             let table = Arc::clone(&rules.table);
-            let lane = Lane::new(&sink_rules.name, sink, id, table, reader, ledger.clone(), sink_rules.lane.clone());
-            let (name, phase) = (sink_rules.name.clone(), phase.subscribe());
+            let (lane, control) = Lane::new(&name, sink, id, table, beginning, ledger.clone(), lane_config);
+            controls.push((name.clone(), control));
+            let phase = phase.subscribe();
             lanes.spawn(async move { (name, lane.run(phase).await) });
         }
+        if rules.table.keeps_unrouted() {
+            let beginning = beginnings.of(UNROUTED, StartAt::End).await?;
+            let (lane, phase) = (Unrouted::new(Arc::clone(&rules.table), beginning, ledger.clone()), phase.subscribe());
+            lanes.spawn(async move { (UNROUTED.to_owned(), lane.run(phase).await) });
+        }
+        beginnings.close_others(is_lane).await?;
         journal.start()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let ingress = Ingress::start(&config.ingress, auth, &journal, cores)?;
-        Ok(Self { _lock: lock, journal, ingress, lanes, sinks, phase, ledger_thread })
+        Ok(Self { _lock: lock, journal, ingress, lanes, controls, sinks, phase, ledger_thread })
     }
 
     async fn serve(
@@ -174,10 +173,48 @@ impl Relay {
             drop(ledger.join());
         });
         drop(closed.await);
-        for (sink, Remains { lag_events }) in remains {
-            info!(%sink, lag_events, "sink stopped");
+        for (sink, Remains { lag_events, parked }) in remains.into_iter().filter(|(name, _)| name != UNROUTED) {
+            info!(%sink, lag_events, parked, "sink stopped");
         }
         info!("stopped");
+    }
+}
+
+/// Finds where each lane goes on.
+struct Beginnings<'a> {
+    journal: &'a mut Journal,
+    ledger: &'a Ledger,
+    /// What the ledger knows, less the lanes that have begun.
+    progress: HashMap<String, Progress>,
+}
+
+impl Beginnings<'_> {
+    async fn of(&mut self, name: &str, start: StartAt) -> Result<Beginning, RunError> {
+        let Some(Progress { cursor, ahead }) = self.progress.remove(name) else {
+            let start = match start {
+                StartAt::End => Start::End,
+                StartAt::Earliest => Start::Earliest,
+            };
+            let reader = self.journal.reader(start);
+            // A new sink's beginning must be known before the first event comes in.
+            let progress = Progress { cursor: reader.position(), ahead: Vec::new() };
+            self.ledger.settle(name, Some(progress), Vec::new()).await?;
+            return Ok(Beginning { reader, ahead: Vec::new(), parked: self.ledger.parked_keys(name).await? });
+        };
+        let reader = self.journal.reader(Start::At(cursor));
+        Ok(Beginning { reader, ahead, parked: self.ledger.parked_keys(name).await? })
+    }
+
+    /// Closes the lanes that are no more.
+    async fn close_others(self, is_lane: impl Fn(&str) -> bool) -> Result<(), RunError> {
+        for (name, Progress { cursor, .. }) in self.progress.into_iter().filter(|(name, _)| !is_lane(name)) {
+            let dead_letters = self.ledger.close_lane(&name).await?;
+            if name != UNROUTED {
+                let unread = self.journal.end().since(cursor);
+                warn!(sink = %name, unread, dead_letters, "a sink is no longer in the rules: its parked deliveries are dead letters, and the events that it has not read stay unread");
+            }
+        }
+        Ok(())
     }
 }
 

@@ -43,6 +43,16 @@ impl Breaker {
         matches!(self.state, State::Closed { .. })
     }
 
+    /// Whether the last attempt succeeded.
+    pub(super) fn is_untroubled(&self) -> bool {
+        self.state == State::Closed { failures: 0 }
+    }
+
+    /// Whether a probe has begun and not ended.
+    pub(super) fn is_probing(&self) -> bool {
+        self.state == State::Probing
+    }
+
     /// When the next probe is due, if the breaker is open and none is under way.
     pub(super) fn probe_at(&self) -> Option<Instant> {
         match self.state {
@@ -65,6 +75,20 @@ impl Breaker {
         match std::mem::replace(&mut self.state, State::Closed { failures: 0 }) {
             State::Closed { .. } => Change::None,
             State::Open { .. } | State::Probing => Change::Closed,
+        }
+    }
+
+    /// The sink said that it is gone: no use in trying others.
+    pub(super) fn gone(&mut self, now: Instant) -> Change {
+        let was_closed = self.is_closed();
+        self.state = State::Open { probe_at: now + self.config.probe };
+        if was_closed { Change::Opened } else { Change::None }
+    }
+
+    /// A probe was begun, and nothing was there to be tried.
+    pub(super) fn no_probe(&mut self, now: Instant) {
+        if self.state == State::Probing {
+            self.state = State::Open { probe_at: now + self.config.probe };
         }
     }
 
@@ -106,12 +130,16 @@ mod tests {
         assert_eq!(breaker.failed(start + second), Change::None, "late failures do not put the probe off");
         assert_eq!(breaker.probe_at(), Some(start + 10 * second));
         assert!(!breaker.begin_probe(start + 9 * second));
-        assert!(breaker.begin_probe(start + 10 * second));
+        assert!(breaker.begin_probe(start + 10 * second) && breaker.is_probing());
         assert!(!breaker.begin_probe(start + 99 * second), "one at a time");
         assert_eq!(breaker.failed(start + 12 * second), Change::None);
         assert_eq!(breaker.probe_at(), Some(start + 22 * second));
         assert!(breaker.begin_probe(start + 22 * second));
         assert_eq!(breaker.succeeded(), Change::Closed);
-        assert!(breaker.is_closed());
+        assert!(breaker.is_closed() && breaker.is_untroubled());
+        assert_eq!([breaker.gone(start), breaker.gone(start + second)], [Change::Opened, Change::None]);
+        assert!(!breaker.begin_probe(start + 10 * second) && breaker.begin_probe(start + 11 * second));
+        breaker.no_probe(start + 11 * second);
+        assert_eq!(breaker.probe_at(), Some(start + 21 * second));
     }
 }

@@ -7,7 +7,7 @@ use crate::document::Section;
 use crate::event::{Event, Field};
 
 use super::breaker::BreakerConfig;
-use super::retry::Backoff;
+use super::retry::{Retry, Waits};
 
 /// How a lane delivers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,8 +16,12 @@ pub struct Config {
     pub concurrency: usize,
     /// What has to stay in order.
     pub order_by: OrderBy,
-    /// The waits between attempts.
-    pub backoff: Backoff,
+    /// The most attempts that begin in a second.
+    pub rate: Option<Rate>,
+    /// When to try again, and when not to.
+    pub retry: Retry,
+    /// At so many parked deliveries nothing more is read; at least 1.
+    pub max_parked: usize,
     /// When to stop trying, and how to find out that the sink is back.
     pub breaker: BreakerConfig,
     /// Where a lane begins that has no cursor yet.
@@ -26,8 +30,8 @@ pub struct Config {
 
 /// The most that `concurrency` may be.
 const MAX_CONCURRENCY: usize = 100_000;
-/// Keys of the `delivery` table that are understood and have no effect yet.
-const LATER: [&str; 5] = ["rate", "max_attempts", "max_age", "max_parked", "schedule"];
+/// The most that `max_parked` may be: each takes memory.
+const MAX_PARKED: usize = 10_000_000;
 
 impl Config {
     /// Settings where the table says nothing.
@@ -35,7 +39,13 @@ impl Config {
         Self {
             concurrency,
             order_by: OrderBy::Field(Field::MessageId),
-            backoff: Backoff { initial: Duration::from_secs(1), max: Duration::from_secs(3600) },
+            rate: None,
+            retry: Retry {
+                waits: Waits::Backoff { initial: Duration::from_secs(1), max: Duration::from_secs(3600) },
+                max_attempts: None,
+                max_age: None,
+            },
+            max_parked: 100_000,
             breaker: BreakerConfig { failures: 10, probe: Duration::from_secs(10) },
             start: StartAt::End,
         }
@@ -47,24 +57,11 @@ impl Config {
         let mut config = Self::new(concurrency);
         config.start = sink.parse("start", StartAt::from_str).unwrap_or(config.start);
         let Some(mut delivery) = sink.table("delivery") else { return config };
-        if let Some(given) = delivery.get::<usize>("concurrency") {
-            if !(1..=MAX_CONCURRENCY).contains(&given) {
-                delivery.problem(
-                    "concurrency",
-                    format!("`concurrency` is {given}; it must be from 1 to {MAX_CONCURRENCY}"),
-                );
-            }
-            config.concurrency = given.clamp(1, MAX_CONCURRENCY);
-        }
+        config.concurrency = at_least_one(&mut delivery, "concurrency", MAX_CONCURRENCY).unwrap_or(config.concurrency);
         config.order_by = delivery.parse("order_by", OrderBy::from_str).unwrap_or(config.order_by);
-        if let Some(mut backoff) = delivery.table("backoff") {
-            config.backoff.initial = duration(&mut backoff, "initial").unwrap_or(config.backoff.initial);
-            config.backoff.max = duration(&mut backoff, "max").unwrap_or(config.backoff.max);
-            if config.backoff.max < config.backoff.initial {
-                backoff.problem("max", "`max` is shorter than `initial`");
-            }
-            backoff.finish();
-        }
+        config.rate = delivery.parse("rate", Rate::from_str);
+        config.retry = read_retry(&mut delivery, config.retry);
+        config.max_parked = at_least_one(&mut delivery, "max_parked", MAX_PARKED).unwrap_or(config.max_parked);
         if let Some(mut breaker) = delivery.table("breaker") {
             config.breaker.probe = duration(&mut breaker, "probe").unwrap_or(config.breaker.probe);
             if let Some(failures) = breaker.get::<u32>("failures") {
@@ -75,17 +72,48 @@ impl Config {
             }
             breaker.finish();
         }
-        for key in LATER {
-            if delivery.value(key).is_some() {
-                delivery.warning(
-                    key,
-                    format!("`{key}` has no effect in this version: a failed delivery is tried until it succeeds"),
-                );
-            }
-        }
         delivery.finish();
         config
     }
+}
+
+/// Reads a number from 1 to `max`.
+fn at_least_one(section: &mut Section<'_>, key: &'static str, max: usize) -> Option<usize> {
+    let given = section.get::<usize>(key)?;
+    if !(1..=max).contains(&given) {
+        section.problem(key, format!("`{key}` is {given}; it must be from 1 to {max}"));
+    }
+    Some(given.clamp(1, max))
+}
+
+fn read_retry(delivery: &mut Section<'_>, mut retry: Retry) -> Retry {
+    if let Some(max) = at_least_one(delivery, "max_attempts", u32::MAX as usize) {
+        retry.max_attempts = u32::try_from(max).ok();
+    }
+    retry.max_age = duration(delivery, "max_age");
+    let schedule = delivery.get::<Vec<String>>("schedule");
+    if let Some(mut backoff) = delivery.table("backoff") {
+        if let Waits::Backoff { initial, max } = &mut retry.waits {
+            *initial = duration(&mut backoff, "initial").unwrap_or(*initial);
+            *max = duration(&mut backoff, "max").unwrap_or(*max);
+            if max < initial {
+                backoff.problem("max", "`max` is shorter than `initial`");
+            }
+        }
+        backoff.finish();
+        if schedule.is_some() {
+            delivery.problem("schedule", "`schedule` and `backoff` exclude each other");
+        }
+    }
+    if let Some(texts) = schedule {
+        let waits: Result<Vec<_>, _> = texts.iter().map(|text| humantime::parse_duration(text)).collect();
+        match waits {
+            Ok(waits) if !waits.is_empty() => retry.waits = Waits::Schedule(waits),
+            Ok(_) => delivery.problem("schedule", "`schedule` is empty; give the waits, such as [\"5s\", \"5m\"]"),
+            Err(error) => delivery.problem("schedule", format!("not a list of durations such as \"5s\": {error}")),
+        }
+    }
+    retry
 }
 
 fn duration(section: &mut Section<'_>, key: &'static str) -> Option<Duration> {
@@ -94,6 +122,32 @@ fn duration(section: &mut Section<'_>, key: &'static str) -> Option<Duration> {
         section.problem(key, format!("`{key}` is 0; give a time such as \"10s\""));
     }
     Some(duration)
+}
+
+/// A number of attempts in a time, evenly spread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// The time from one attempt to the next.
+    pub interval: Duration,
+}
+
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let message =
+            || format!("`rate` is \"{text}\"; give a number per time, such as \"200/s\", \"90/m\" or \"1000/h\"");
+        let (number, unit) = text.split_once('/').ok_or_else(message)?;
+        let number: u32 = number.trim().parse().map_err(|_| message())?;
+        let time = match unit.trim() {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            _ => return Err(message()),
+        };
+        let interval = Duration::from_secs(time).checked_div(number).filter(|interval| !interval.is_zero());
+        interval.map(|interval| Self { interval }).ok_or_else(message)
+    }
 }
 
 /// What has to stay in order.

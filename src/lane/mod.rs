@@ -1,69 +1,91 @@
 //! A lane: what carries one sink's deliveries. It reads on from its cursor, keeps what its routes match, and delivers up
-//! to `concurrency` at once, each key's in order.
+//! to `concurrency` at once, each key's in order. What fails is parked in the ledger until it is due again.
 //!
 //! # What it guarantees
 //!
 //! - Every event that the routes name the sink for is delivered at least once, or becomes a dead letter.
-//! - Deliveries with one key are made one after the other, in the order of the journal, also across retries.
-//! - The cursor never passes an event that is not settled. It is written a few times a second and at the end, so that a
-//!   crash repeats at most what was settled since. A clean stop repeats nothing, unless a failed delivery waits for its
-//!   next attempt: then what was delivered after it.
-//! - Memory does not depend on the backlog: what was read and is not settled is bounded in number and bytes.
+//! - Deliveries with one key are made one after the other, in the order of the journal, also across retries. What a
+//!   dead letter's key has later does not wait for it.
+//! - Progress and what it passes (parked deliveries, dead letters) are written together, a few times a second and at the
+//!   end. A crash repeats at most what was settled since the last write; a clean stop repeats nothing.
+//! - Memory does not depend on the backlog: what was read and is not settled is bounded in number and bytes, and so is
+//!   what was fetched from the parked. Of a parked delivery only its key is kept in memory, `max_parked` of them at most
+//!   and what was under way then.
+//! - A delivery that succeeds at once costs the ledger nothing: only the cursor is written, for many at a time.
 //!
-//! `order` and `window` keep the books, `retry` and `breaker` decide; all four are pure. A lane does not know what kind of
-//! sink it has, nor any other lane.
+//! `order`, `window` and `parking` keep the books; `retry`, `breaker` and `rate` decide; `storage` speaks to the ledger,
+//! `control` to operators. `unrouted` is the lane of events that no route matches. A lane does not know what kind of sink
+//! it has, nor any other lane.
 
 mod breaker;
 mod config;
+mod control;
+mod delivery;
 mod order;
+mod parking;
+mod rate;
 mod retry;
 mod source;
+mod storage;
+mod unrouted;
+mod warnings;
 mod window;
 
-use std::cmp::{Ordering, Reverse};
-use std::collections::{BinaryHeap, VecDeque};
-use std::pin::Pin;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tracing::{error, info, warn};
 
 pub use breaker::BreakerConfig;
-pub use config::{Config, OrderBy, StartAt};
-pub use retry::Backoff;
+pub use config::{Config, OrderBy, Rate, StartAt};
+pub use control::{Control, LastError, Status, Stopped};
+pub use retry::{Retry, Waits};
+pub use unrouted::Unrouted;
 
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
-use crate::ledger::{Changes, DeadLetter, Ledger, LedgerError};
+use crate::ledger::{self, Change, Ledger, Millis, ParkedRow, Reason};
 use crate::routing::{SinkId, Table};
 use crate::sink::{Attempt, DeliveryError, Sink, Verdict};
-use breaker::{Breaker, Change};
-use order::{Key, Order};
+use breaker::Breaker;
+use control::{Command, Counts, Written};
+use delivery::{Delivery, Place};
+use order::Order;
+use parking::Parking;
+use rate::Limit;
+use retry::Next;
 use source::{Batch, Filter, Found, Route, Source};
-use window::{Ticket, Window};
+use storage::Storing;
+use warnings::Throttle;
+use window::Window;
 
 /// The most events between the cursor and what was read last, and the most bytes of them that are not settled.
 const MAX_WINDOW: usize = 20_000;
 const MAX_WINDOW_BYTES: usize = 32 << 20;
-/// With more deliveries that have failed than this, the lane of a failing sink does not read on for others to probe with.
+/// With more changes than this to be written nothing more is read.
+const MAX_CHANGES: usize = 2_000;
+/// When so many deliveries were parked since a sink began to fail, the lane does not read on for others to probe with.
 const MAX_FAILED_PROBES: usize = 64;
-/// How often the cursor is written.
+/// How many parked deliveries are fetched at once, about.
+const FETCH: usize = 512;
+/// How often progress is written.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 /// How long to wait after the journal could not be read or the ledger not written.
 const STORAGE_PAUSE: Duration = Duration::from_secs(1);
-/// Failed attempts are logged this often, with a count of those in between.
-const WARN_INTERVAL: Duration = Duration::from_secs(5);
+/// A delivery that is due later than the longest wait and this much more was parked before the clock was set back.
+const CLOCK_MARGIN: Duration = Duration::from_secs(60);
 
 /// What a lane is told while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Go on.
     Running,
-    /// Begin nothing that could as well be left to the next process, and end when what is under way has finished.
+    /// Begin nothing, and end when what is under way has finished.
     Finishing,
     /// End now; what is under way is dropped, and will be repeated.
     Ending,
@@ -74,6 +96,18 @@ pub enum Phase {
 pub struct Remains {
     /// Events after the cursor; not all of them are this sink's.
     pub lag_events: u64,
+    /// Deliveries that wait for their next attempt.
+    pub parked: usize,
+}
+
+/// Where a lane begins.
+pub struct Beginning {
+    /// A reader at the cursor.
+    pub reader: Reader,
+    /// Events after the cursor that are settled, in order.
+    pub ahead: Vec<Position>,
+    /// How many parked deliveries there are of each key.
+    pub parked: Vec<(Option<String>, usize)>,
 }
 
 /// One sink's lane.
@@ -85,27 +119,29 @@ pub struct Lane {
     config: Config,
     order: Order<Delivery>,
     window: Window,
+    parking: Parking,
     /// May go as soon as there is a place.
     ready: VecDeque<Delivery>,
-    /// Failed, and wait for their next attempt. Their keys wait with them.
-    waiting: BinaryHeap<Reverse<Waiting>>,
     under_way: FuturesUnordered<BoxFuture<'static, Ended>>,
-    /// Higher than the ticket of any delivery that was attempted.
-    attempted_to: Ticket,
     breaker: Breaker,
-    dead: Vec<DeadLetter>,
-    settled: Position,
+    /// When the first of the failures was that no success has followed.
+    failing_since: Option<Millis>,
+    /// How many were parked since then.
+    failing_parked: usize,
+    limit: Option<Limit>,
+    /// The rate allows the next attempt then.
+    limited_until: Option<Instant>,
+    paused: bool,
+    commands: mpsc::Receiver<Command>,
+    /// What is to be written with the progress, in order, and who wants to know.
+    changes: Vec<Change>,
+    written: Written,
+    settle_due: bool,
+    unwritten: bool,
+    /// The cursor that was written last.
+    released: Position,
+    counts: Counts,
     warnings: Throttle,
-}
-
-/// A delivery that is not settled.
-struct Delivery {
-    event: Event,
-    route: Route,
-    position: Position,
-    ticket: Ticket,
-    key: Option<Key>,
-    failures: u32,
 }
 
 /// An attempt's end.
@@ -114,157 +150,154 @@ struct Ended {
     result: Result<(), DeliveryError>,
 }
 
-struct Waiting {
-    due: Instant,
-    delivery: Delivery,
-}
-
-impl Ord for Waiting {
-    fn cmp(&self, other: &Self) -> Ordering {
-        (self.due, self.delivery.ticket).cmp(&(other.due, other.delivery.ticket))
-    }
-}
-
-impl PartialOrd for Waiting {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Waiting {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Waiting {}
-
-/// Settling under way: the cursor and how many dead letters it writes.
-type Settling = Pin<Box<dyn Future<Output = (Position, usize, Result<(), LedgerError>)> + Send>>;
-
 impl Lane {
-    /// A lane that goes on where the reader stands.
+    /// A lane that goes on where it once ended, and how to reach it.
     pub fn new(
         name: &str,
         sink: Sink,
         id: SinkId,
         table: Arc<Table>,
-        reader: Reader,
+        beginning: Beginning,
         ledger: Ledger,
         config: Config,
-    ) -> Self {
+    ) -> (Self, Control) {
+        let Beginning { reader, ahead, parked } = beginning;
         let at = reader.position();
-        Self {
+        let (control, commands) = control::channel(config.order_by);
+        let order = Order::new();
+        let mut parking = Parking::new(Instant::now());
+        for (key, count) in parked {
+            parking.add(key.map(|value| order.key(&value)), count);
+        }
+        let lane = Self {
             name: name.into(),
             sink,
-            source: Source::new(reader, Filter { table, id }),
+            source: Source::new(reader, Filter::Sink { table, id }),
             ledger,
-            order: Order::new(),
-            window: Window::new(at),
+            order,
+            window: Window::resume(at, ahead),
+            parking,
             ready: VecDeque::new(),
-            waiting: BinaryHeap::new(),
             under_way: FuturesUnordered::new(),
-            attempted_to: 0,
             breaker: Breaker::new(config.breaker),
-            config,
-            dead: Vec::new(),
-            settled: at,
+            failing_since: None,
+            failing_parked: 0,
+            limit: config.rate.map(Limit::new),
+            limited_until: None,
+            paused: false,
+            commands,
+            changes: Vec::new(),
+            written: Vec::new(),
+            settle_due: false,
+            unwritten: false,
+            released: at,
+            counts: Counts::default(),
             warnings: Throttle::default(),
-        }
+            config,
+        };
+        (lane, control)
     }
 
     /// Delivers until `phase` says to end.
     pub async fn run(mut self, mut phase: watch::Receiver<Phase>) -> Remains {
         let mut ticks = interval(SETTLE_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut settling: Option<Settling> = None;
+        let mut storing: Option<Storing> = None;
         loop {
-            let now = *phase.borrow();
-            match now {
-                Phase::Running => self.begin_attempts(),
-                Phase::Finishing => self.begin_last_attempts(),
+            let now = Instant::now();
+            let running = match *phase.borrow() {
+                Phase::Running => true,
+                Phase::Finishing => false,
                 Phase::Ending => break,
-            }
-            let running = now == Phase::Running;
-            if !running && self.under_way.is_empty() {
+            };
+            if running {
+                self.begin_attempts(now, &mut storing);
+            } else if self.under_way.is_empty() {
                 break;
             }
-            let wake = self.next_wake();
+            self.begin_storing(now, running, &mut storing);
+            let wake = self.next_wake(now).filter(|_| running);
             tokio::select! {
                 // What comes first may hold up what comes after it. There is always something under way while a backlog is
-                // worked off, and the cursor has to be written then too.
+                // worked off, and progress has to be written then too.
                 biased;
                 changed = phase.changed() => if changed.is_err() { break },
-                outcome = pending_or(settling.as_mut()) => {
-                    settling = None;
-                    self.settle_ended(outcome);
+                Some(command) = self.commands.recv() => self.obey(command),
+                stored = pending_or(storing.as_mut()) => {
+                    storing = None;
+                    self.stored(stored);
                 }
-                _ = ticks.tick(), if settling.is_none() && self.has_to_settle() => settling = Some(self.settle()),
+                _ = ticks.tick(), if storing.is_none() && self.has_to_settle() => self.settle_due = true,
                 batch = self.source.next(), if running && self.wants_more() => self.admit(batch),
                 Some(ended) = self.under_way.next() => self.finish(ended),
-                () = sleep_until(wake.unwrap_or_else(Instant::now).into()), if running && wake.is_some() => {}
+                () = sleep_until(wake.unwrap_or(now).into()), if wake.is_some() => {}
             }
         }
-        self.end(settling).await
+        self.end(storing).await
     }
 
-    /// Writes the cursor a last time.
-    async fn end(mut self, settling: Option<Settling>) -> Remains {
-        if let Some(settling) = settling {
-            let outcome = settling.await;
-            self.settle_ended(outcome);
+    /// Writes progress a last time.
+    async fn end(mut self, storing: Option<Storing>) -> Remains {
+        if let Some(storing) = storing {
+            let stored = storing.await;
+            self.stored(stored);
         }
         if self.has_to_settle() {
-            let outcome = self.settle().await;
-            self.settle_ended(outcome);
+            let stored = self.settle().await;
+            self.stored(stored);
         }
-        let lag_events = self.source.end().since(self.settled);
-        Remains { lag_events }
+        Remains { lag_events: self.source.end().since(self.released), parked: self.parking.total() }
     }
 
     /// Starts what may go: anything while the breaker is closed, else one probe when it is due.
-    fn begin_attempts(&mut self) {
-        let now = Instant::now();
-        while self.waiting.peek().is_some_and(|Reverse(waiting)| waiting.due <= now) {
-            let Some(Reverse(Waiting { delivery, .. })) = self.waiting.pop() else { break };
-            self.ready.push_back(delivery);
+    fn begin_attempts(&mut self, now: Instant, storing: &mut Option<Storing>) {
+        self.limited_until = None;
+        if self.paused {
+            return;
         }
-        if self.breaker.is_closed() {
-            while self.under_way.len() < self.config.concurrency
-                && let Some(delivery) = self.ready.pop_front()
+        if !self.breaker.is_closed() {
+            return self.begin_probe(now, storing);
+        }
+        while self.under_way.len() < self.config.concurrency && !self.ready.is_empty() && self.may_attempt(now) {
+            if let Some(delivery) = self.ready.pop_front() {
+                self.attempt(delivery);
+            }
+        }
+    }
+
+    /// Takes a turn of the rate.
+    fn may_attempt(&mut self, now: Instant) -> bool {
+        self.limited_until = match &self.limit {
+            Some(limit) => limit.take().err().map(|wait| now + wait),
+            None => None,
+        };
+        self.limited_until.is_none()
+    }
+
+    /// Tries one delivery, if it is time to: preferably one that has not failed yet, because those that have may be the
+    /// only ones that the sink refuses.
+    fn begin_probe(&mut self, now: Instant, storing: &mut Option<Storing>) {
+        if self.breaker.probe_at().is_none_or(|at| now < at) {
+            return;
+        }
+        let fresh = match self.failing_parked < MAX_FAILED_PROBES {
+            true => self.ready.iter().position(|delivery| !delivery.is_parked()),
+            false => None,
+        };
+        let candidate = fresh.or_else(|| self.ready.iter().position(Delivery::is_parked));
+        if let Some(candidate) = candidate {
+            if self.may_attempt(now)
+                && self.breaker.begin_probe(now)
+                && let Some(delivery) = self.ready.remove(candidate)
             {
                 self.attempt(delivery);
             }
-        } else if self.under_way.len() < self.config.concurrency
-            && (!self.ready.is_empty() || !self.waiting.is_empty())
-            && self.breaker.begin_probe(now)
-            && let Some(delivery) = self.next_probe()
-        {
-            self.attempt(delivery);
-        }
-    }
-
-    /// A delivery that has not failed yet, if there is one: those that have may be the only ones that the sink refuses.
-    fn next_probe(&mut self) -> Option<Delivery> {
-        let untried = self.ready.iter().position(|delivery| delivery.failures == 0);
-        let ready = self.ready.remove(untried.unwrap_or(0));
-        ready.or_else(|| self.waiting.pop().map(|Reverse(waiting)| waiting.delivery))
-    }
-
-    /// Starts only what was read before something that was attempted already: the cursor can't pass it, and what comes
-    /// after it would be repeated. The rest is read again by the next process.
-    fn begin_last_attempts(&mut self) {
-        self.ready.retain(|delivery| delivery.ticket < self.attempted_to);
-        while self.breaker.is_closed()
-            && self.under_way.len() < self.config.concurrency
-            && let Some(delivery) = self.ready.pop_front()
-        {
-            self.attempt(delivery);
+        } else if self.parking.total() > 0 && storing.is_none() && !self.settle_due && self.breaker.begin_probe(now) {
+            *storing = Some(self.fetch(true));
         }
     }
 
     fn attempt(&mut self, delivery: Delivery) {
-        self.attempted_to = self.attempted_to.max(delivery.ticket + 1);
         let sink = self.sink.clone();
         self.under_way.push(Box::pin(async move {
             let attempt = Attempt { number: delivery.failures + 1, route: delivery.route.name() };
@@ -274,12 +307,16 @@ impl Lane {
     }
 
     /// When there is something to do without anything happening.
-    fn next_wake(&self) -> Option<Instant> {
-        if self.breaker.is_closed() {
-            return self.waiting.peek().map(|Reverse(waiting)| waiting.due);
+    fn next_wake(&self, now: Instant) -> Option<Instant> {
+        if self.paused {
+            return None;
         }
-        let has_candidate = !self.ready.is_empty() || !self.waiting.is_empty();
-        self.breaker.probe_at().filter(|_| has_candidate)
+        let wake = match self.breaker.is_closed() {
+            true => self.look_at(),
+            false => self.breaker.probe_at(),
+        };
+        // What is due by now was begun, or waits for something that wakes the lane.
+        [wake, self.limited_until].into_iter().flatten().filter(|at| *at > now).min()
     }
 
     /// Whether to read on: there is room, and soon nothing left to begin. While the breaker is open, only for a probe that
@@ -289,11 +326,15 @@ impl Lane {
             true => self.ready.len() < self.config.concurrency,
             false => {
                 self.under_way.is_empty()
-                    && self.ready.len() + self.waiting.len() < MAX_FAILED_PROBES
-                    && self.ready.iter().all(|delivery| delivery.failures > 0)
+                    && self.failing_parked < MAX_FAILED_PROBES
+                    && self.ready.iter().all(Delivery::is_parked)
             }
         };
-        wanted && self.window.len() < MAX_WINDOW && self.window.bytes() < MAX_WINDOW_BYTES
+        wanted
+            && self.window.len() < MAX_WINDOW
+            && self.window.bytes() < MAX_WINDOW_BYTES
+            && self.changes.len() < MAX_CHANGES
+            && self.parking.total() < self.config.max_parked
     }
 
     /// Takes what was read from the journal.
@@ -307,29 +348,63 @@ impl Lane {
             }
         };
         for (position, found) in batch.found {
+            if self.window.was_settled(position) {
+                continue;
+            }
             match found {
-                Found::Event { event, route } => {
-                    let ticket = self.window.push(position, event.size());
-                    let key = self.config.order_by.value(&event).map(|value| self.order.key(value));
-                    let delivery = Delivery { event, route, position, ticket, key, failures: 0 };
-                    self.ready.extend(self.order.admit(key, delivery));
-                }
+                Found::Event { event, route } => self.admit_event(position, event, route),
                 Found::Unreadable { record, error } => {
                     error!(sink = %self.name, position = position.to_stored(), %error, "an event can't be read; it is a dead letter now");
-                    self.dead.push(DeadLetter {
-                        position,
-                        event_id: "-".to_owned(),
-                        route: "-".to_owned(),
-                        reason: "unreadable",
-                        error_kind: "decode".to_owned(),
-                        error,
-                        attempts: 0,
-                        record,
-                    });
+                    self.changes.push(delivery::unreadable(position, record, error));
+                    self.unwritten = true;
                 }
             }
         }
         self.window.read_to(batch.read_to);
+    }
+
+    fn admit_event(&mut self, position: Position, event: Event, route: Route) {
+        let since = ledger::millis(event.received_at());
+        let ticket = self.window.push(position, event.size(), since);
+        let key = self.config.order_by.value(&event).map(|value| self.order.key(value));
+        let place = Place::Window(ticket);
+        let delivery = Delivery { event, route, position, place, key, failures: 0, first_failed_at: None, since };
+        if self.parking.holds(key) {
+            self.put_behind(&delivery);
+        } else {
+            self.ready.extend(self.order.admit(key, delivery));
+        }
+    }
+
+    /// Takes a parked delivery that was fetched to be tried.
+    fn admit_parked(&mut self, row: ParkedRow) {
+        if !self.parking.load(row.id) {
+            return;
+        }
+        let key = row.key.as_deref().map(|value| self.order.key(value));
+        let position = Position::from_stored(row.position);
+        let event = match Event::decode(row.record.clone()) {
+            Ok(event) => event,
+            Err(error) => {
+                error!(sink = %self.name, row = row.id, %error, "a parked event can't be read; it is a dead letter now");
+                let letter = delivery::unreadable(position, row.record, error.to_string());
+                self.changes.extend([letter, Change::Unpark { id: row.id }]);
+                self.parking.remove(key);
+                self.unwritten = true;
+                return;
+            }
+        };
+        let delivery = Delivery {
+            event,
+            route: Route::Named(row.route.into()),
+            position,
+            place: Place::Parked(row.id),
+            key,
+            failures: row.attempts,
+            first_failed_at: row.first_failed_at,
+            since: row.since,
+        };
+        self.ready.extend(self.order.admit(key, delivery));
     }
 
     /// Takes an attempt's end.
@@ -337,87 +412,113 @@ impl Lane {
         let now = Instant::now();
         let change = match result {
             Ok(()) => {
+                self.counts.delivered(now);
                 self.settle_delivery(&delivery);
                 self.breaker.succeeded()
             }
-            Err(error) => match error.verdict {
-                Verdict::Retry { after } => {
-                    delivery.failures = delivery.failures.saturating_add(1);
-                    if let Some(suppressed) = self.warnings.admit(now) {
-                        warn!(sink = %self.name, event_id = %delivery.event.id(), attempt = delivery.failures, kind = %error.kind, error = %error.text, suppressed, "attempt failed");
+            Err(error) => {
+                let time = ledger::now();
+                delivery.failed(time);
+                self.counts.failed(time, &error);
+                match error.verdict {
+                    Verdict::Retry { after } => {
+                        self.warn_failed(now, &delivery, &error);
+                        self.retry(delivery, time, &error, after);
+                        if error.is_of_event() { self.breaker.succeeded() } else { self.breaker.failed(now) }
                     }
-                    let due = now + self.config.backoff.wait(delivery.failures, rand::random(), after);
-                    self.waiting.push(Reverse(Waiting { due, delivery }));
-                    if error.is_of_event() { self.breaker.succeeded() } else { self.breaker.failed(now) }
+                    Verdict::Gone => {
+                        error!(sink = %self.name, error = %error.text, "the sink wants no more events; it is only probed until it does");
+                        self.retry(delivery, time, &error, None);
+                        self.breaker.gone(now)
+                    }
+                    Verdict::Reject => {
+                        self.bury(&delivery, Reason::Rejected, &error);
+                        self.breaker.succeeded()
+                    }
                 }
-                Verdict::Reject => {
-                    self.bury(&delivery, &error);
-                    self.settle_delivery(&delivery);
-                    self.breaker.succeeded()
-                }
-            },
+            }
         };
         match change {
-            Change::None => {}
-            Change::Opened => warn!(sink = %self.name, "sink is failing; it is only probed until it is back"),
-            Change::Closed => {
+            breaker::Change::Opened => {
+                warn!(sink = %self.name, "sink is failing; it is only probed until it is back");
+            }
+            breaker::Change::Closed => {
                 info!(sink = %self.name, "sink is back");
                 // What failed meanwhile need not wait any longer.
-                let mut waiting: Vec<_> = self.waiting.drain().map(|Reverse(waiting)| waiting.delivery).collect();
-                waiting.sort_by_key(|delivery| delivery.ticket);
-                self.ready.extend(waiting);
+                if let Some(since) = self.failing_since {
+                    self.changes.push(Change::Hasten { since, due_at: ledger::now() });
+                    self.unwritten = true;
+                }
+            }
+            breaker::Change::None => {}
+        }
+        if self.breaker.is_untroubled() {
+            (self.failing_since, self.failing_parked) = (None, 0);
+        }
+    }
+
+    fn warn_failed(&mut self, now: Instant, delivery: &Delivery, error: &DeliveryError) {
+        if let Some(suppressed) = self.warnings.admit(now) {
+            warn!(sink = %self.name, event_id = %delivery.event.id(), attempt = delivery.failures, kind = %error.kind, error = %error.text, suppressed, "attempt failed");
+        }
+    }
+
+    /// Parks a delivery until its next attempt, and those of its key with it; or buries it if there is none.
+    fn retry(&mut self, delivery: Delivery, now: Millis, error: &DeliveryError, asked: Option<Duration>) {
+        let next = self.config.retry.next(delivery.failures, delivery.age(now), rand::random(), asked);
+        let wait = match next {
+            Next::After(wait) => Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX),
+            Next::Exhausted => return self.bury(&delivery, Reason::Exhausted, error),
+            Next::Expired => return self.bury(&delivery, Reason::Expired, error),
+        };
+        self.failing_since.get_or_insert(now);
+        self.changes.push(delivery.postponed(self.config.order_by, now.saturating_add(wait), error));
+        self.unwritten = true;
+        self.leave_window(&delivery);
+        for follower in self.order.take(delivery.key) {
+            match follower.place {
+                Place::Window(_) => self.put_behind(&follower),
+                Place::Parked(id) => self.parking.unload(id),
             }
         }
     }
 
+    /// Parks a delivery that has to wait for others with its key.
+    fn put_behind(&mut self, delivery: &Delivery) {
+        self.changes.push(delivery.behind(self.config.order_by, ledger::now()));
+        self.unwritten = true;
+        self.leave_window(delivery);
+    }
+
+    /// Counts a delivery that was in the window as parked.
+    fn leave_window(&mut self, delivery: &Delivery) {
+        if let Place::Window(ticket) = delivery.place {
+            self.parking.add(delivery.key, 1);
+            self.failing_parked += usize::from(self.failing_since.is_some());
+            self.window.settle(ticket);
+        }
+    }
+
+    /// Makes a dead letter of a delivery.
+    fn bury(&mut self, delivery: &Delivery, reason: Reason, error: &DeliveryError) {
+        let (event_id, reason_name) = (delivery.event.id(), reason.as_str());
+        error!(sink = %self.name, %event_id, reason = reason_name, attempts = delivery.failures, kind = %error.kind, error = %error.text, "a delivery is a dead letter now");
+        self.changes.push(delivery.buried(self.config.order_by, reason, &error.kind, &error.text));
+        self.counts.dead += 1;
+        self.settle_delivery(delivery);
+    }
+
+    /// It is delivered or dead: the next of its key may go.
     fn settle_delivery(&mut self, delivery: &Delivery) {
-        self.window.settle(delivery.ticket);
-        self.ready.extend(self.order.settle(delivery.key));
-    }
-
-    fn bury(&mut self, delivery: &Delivery, error: &DeliveryError) {
-        let event_id = delivery.event.id().to_string();
-        error!(sink = %self.name, %event_id, kind = %error.kind, error = %error.text, "delivery rejected; it is a dead letter now");
-        self.dead.push(DeadLetter {
-            position: delivery.position,
-            event_id,
-            route: delivery.route.name().to_owned(),
-            reason: "rejected",
-            error_kind: error.kind.to_string(),
-            error: error.text.clone(),
-            attempts: delivery.failures + 1,
-            record: delivery.event.record(),
-        });
-    }
-
-    fn has_to_settle(&self) -> bool {
-        self.window.cursor() != self.settled || !self.dead.is_empty()
-    }
-
-    fn settle(&self) -> Settling {
-        let (ledger, name, cursor) = (self.ledger.clone(), Arc::clone(&self.name), self.window.cursor());
-        let changes = Changes { dead: self.dead.clone() };
-        Box::pin(async move {
-            let dead = changes.dead.len();
-            let result = ledger.settle(&name, cursor, changes).await;
-            if result.is_err() {
-                tokio::time::sleep(STORAGE_PAUSE).await;
-            }
-            (cursor, dead, result)
-        })
-    }
-
-    fn settle_ended(&mut self, (cursor, dead, result): (Position, usize, Result<(), LedgerError>)) {
-        match result {
-            Ok(()) => {
-                self.dead.drain(..dead);
-                self.settled = cursor;
-                self.source.release(cursor);
-            }
-            Err(error) => {
-                warn!(sink = %self.name, %error, "the cursor can't be written; after a crash deliveries would be repeated");
+        match delivery.place {
+            Place::Window(ticket) => self.window.settle(ticket),
+            Place::Parked(id) => {
+                self.changes.push(Change::Unpark { id });
+                self.parking.remove(delivery.key);
             }
         }
+        self.unwritten = true;
+        self.ready.extend(self.order.settle(delivery.key));
     }
 }
 
@@ -426,24 +527,5 @@ async fn pending_or<F: Future + Unpin>(future: Option<F>) -> F::Output {
     match future {
         Some(future) => future.await,
         None => std::future::pending().await,
-    }
-}
-
-/// Lets one warning through per interval, with a count of those that were held back.
-#[derive(Default)]
-struct Throttle {
-    last: Option<Instant>,
-    suppressed: u64,
-}
-
-impl Throttle {
-    /// How many were held back since the last, if this one may be written.
-    fn admit(&mut self, now: Instant) -> Option<u64> {
-        if self.last.is_some_and(|last| now < last + WARN_INTERVAL) {
-            self.suppressed += 1;
-            return None;
-        }
-        self.last = Some(now);
-        Some(std::mem::take(&mut self.suppressed))
     }
 }

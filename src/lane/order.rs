@@ -43,6 +43,11 @@ impl<T> Order<T> {
         }
         next
     }
+
+    /// The key's delivery goes elsewhere: so does what waits for it.
+    pub(super) fn take(&mut self, key: Option<Key>) -> VecDeque<T> {
+        key.and_then(|key| self.busy.remove(&key)).unwrap_or_default()
+    }
 }
 
 #[cfg(test)]

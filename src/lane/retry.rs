@@ -2,25 +2,79 @@
 
 use std::time::Duration;
 
-/// The longest wait while failed deliveries are kept in memory, where they hold up the cursor.
-const LONGEST: Duration = Duration::from_secs(30);
-
-/// Exponential backoff.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Backoff {
-    /// The first wait is at most this long; each further one at most twice the one before.
-    pub initial: Duration,
-    /// No wait is longer.
-    pub max: Duration,
+/// When to try again, and when not to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// The waits between attempts.
+    pub waits: Waits,
+    /// After so many failed attempts there is no other; at least 1.
+    pub max_attempts: Option<u32>,
+    /// A delivery that is older than this is not tried again.
+    pub max_age: Option<Duration>,
 }
 
-impl Backoff {
-    /// How long to wait after attempt number `attempt` (from 1) has failed: a share `chance` (0 to 1) of the exponential
-    /// step ("full jitter"), but at least as long as the other side has asked for, as far as `max` allows.
-    pub(super) fn wait(&self, attempt: u32, chance: f64, asked: Option<Duration>) -> Duration {
-        let max = self.max.min(LONGEST);
-        let step = self.initial.saturating_mul(2_u32.saturating_pow(attempt.saturating_sub(1))).min(max);
-        step.mul_f64(chance.clamp(0.0, 1.0)).max(asked.unwrap_or_default().min(max))
+/// The waits between attempts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Waits {
+    /// Exponential, with chance in it.
+    Backoff {
+        /// The first wait is at most this long; each further one at most twice the one before.
+        initial: Duration,
+        /// No wait is longer.
+        max: Duration,
+    },
+    /// These, one after the other; then the last again and again. Not empty.
+    Schedule(Vec<Duration>),
+}
+
+/// What is to become of a delivery whose attempt has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Another attempt after this time.
+    After(Duration),
+    /// None: there were as many as there may be.
+    Exhausted,
+    /// None: it would be too old.
+    Expired,
+}
+
+impl Retry {
+    /// What follows attempt number `attempt` (from 1), which failed when the delivery was `age` old. `chance` (0 to 1) is
+    /// the share of the exponential step to wait ("full jitter"); `asked` what the other side has asked for.
+    pub(super) fn next(&self, attempt: u32, age: Duration, chance: f64, asked: Option<Duration>) -> Next {
+        if self.max_attempts.is_some_and(|max| attempt >= max) {
+            return Next::Exhausted;
+        }
+        let wait = self.waits.wait(attempt, chance, asked);
+        if self.max_age.is_some_and(|max| age.saturating_add(wait) > max) {
+            return Next::Expired;
+        }
+        Next::After(wait)
+    }
+}
+
+impl Waits {
+    /// The longest wait that there can be.
+    pub(super) fn longest(&self) -> Duration {
+        match self {
+            Self::Backoff { max, .. } => *max,
+            Self::Schedule(waits) => waits.iter().copied().max().unwrap_or_default(),
+        }
+    }
+
+    fn wait(&self, attempt: u32, chance: f64, asked: Option<Duration>) -> Duration {
+        let failed_before = attempt.saturating_sub(1);
+        let wait = match self {
+            Self::Backoff { initial, max } => {
+                let step = initial.saturating_mul(2_u32.saturating_pow(failed_before)).min(*max);
+                step.mul_f64(chance.clamp(0.0, 1.0))
+            }
+            Self::Schedule(waits) => {
+                let index = usize::try_from(failed_before).unwrap_or(usize::MAX);
+                waits.get(index).or(waits.last()).copied().unwrap_or_default()
+            }
+        };
+        wait.max(asked.unwrap_or_default().min(self.longest()))
     }
 }
 
@@ -28,11 +82,15 @@ impl Backoff {
 mod tests {
     use super::*;
 
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
     #[test]
-    fn waits() {
-        let backoff = Backoff { initial: Duration::from_secs(1), max: Duration::from_secs(20) };
+    fn waits_double_up_to_the_longest() {
+        let waits = Waits::Backoff { initial: seconds(1), max: seconds(20) };
         let check = |attempt, chance, asked: Option<u64>, expected| {
-            let wait = backoff.wait(attempt, chance, asked.map(Duration::from_secs));
+            let wait = waits.wait(attempt, chance, asked.map(seconds));
             assert_eq!(wait, Duration::from_secs_f64(expected), "attempt {attempt}");
         };
         check(1, 1.0, None, 1.0);
@@ -46,5 +104,25 @@ mod tests {
         check(1, 1.0, Some(7), 7.0);
         check(4, 1.0, Some(7), 8.0);
         check(1, 1.0, Some(3600), 20.0);
+    }
+
+    #[test]
+    fn a_schedule_is_kept() {
+        let waits = Waits::Schedule(vec![seconds(5), seconds(60)]);
+        let wait = |attempt, asked: Option<u64>| waits.wait(attempt, 0.0, asked.map(seconds));
+        assert_eq!([wait(1, None), wait(2, None), wait(9, None)], [5, 60, 60].map(seconds));
+        assert_eq!([wait(1, Some(7)), wait(1, Some(999))], [7, 60].map(seconds));
+    }
+
+    #[test]
+    fn attempts_end() {
+        let waits = Waits::Schedule(vec![seconds(10)]);
+        let retry = Retry { waits, max_attempts: Some(3), max_age: Some(seconds(100)) };
+        let next = |attempt, age| retry.next(attempt, seconds(age), 0.0, None);
+        assert_eq!(next(2, 90), Next::After(seconds(10)));
+        assert_eq!(next(2, 91), Next::Expired);
+        assert_eq!(next(3, 0), Next::Exhausted);
+        let endless = Retry { max_attempts: None, max_age: None, ..retry.clone() };
+        assert_eq!(endless.next(u32::MAX, Duration::MAX, 0.0, None), Next::After(seconds(10)));
     }
 }

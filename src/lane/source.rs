@@ -47,22 +47,41 @@ pub(super) enum Found {
 
 /// The route that named the sink for an event.
 #[derive(Clone)]
-pub(super) struct Route {
-    table: Arc<Table>,
-    id: RouteId,
+pub(super) enum Route {
+    /// One of the rules.
+    Of { table: Arc<Table>, id: RouteId },
+    /// One whose name was kept, or none.
+    Named(Arc<str>),
 }
 
 impl Route {
     pub(super) fn name(&self) -> &str {
-        self.table.route_name(self.id)
+        match self {
+            Self::Of { table, id } => table.route_name(*id),
+            Self::Named(name) => name,
+        }
     }
 }
 
-/// What makes an event one for the sink.
+/// What makes an event one for the lane.
 #[derive(Clone)]
-pub(super) struct Filter {
-    pub(super) table: Arc<Table>,
-    pub(super) id: SinkId,
+pub(super) enum Filter {
+    /// A route names the sink.
+    Sink { table: Arc<Table>, id: SinkId },
+    /// No route matches.
+    Unrouted { table: Arc<Table> },
+}
+
+impl Filter {
+    fn route(&self, event: &Event, scratch: &mut Scratch) -> Option<Route> {
+        match self {
+            Self::Sink { table, id } => {
+                let id = table.route_to(event, *id, scratch)?;
+                Some(Route::Of { table: Arc::clone(table), id })
+            }
+            Self::Unrouted { table } => table.matches(event, scratch).is_empty().then(|| Route::Named("-".into())),
+        }
+    }
 }
 
 impl Source {
@@ -129,8 +148,7 @@ fn read(mut reader: Reader, filter: &Filter) -> (Reader, Result<Batch, ReadError
     let result = reader.read(READ_BYTES, |position, record| {
         match Event::decode(record.clone()) {
             Ok(event) => {
-                if let Some(id) = filter.table.route_to(&event, filter.id, &mut scratch) {
-                    let route = Route { table: Arc::clone(&filter.table), id };
+                if let Some(route) = filter.route(&event, &mut scratch) {
                     found.push((position, Found::Event { event: event.detached(), route }));
                 }
             }

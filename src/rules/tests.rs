@@ -3,7 +3,7 @@ use std::time::{Duration, SystemTime};
 
 use super::*;
 use crate::event::{self, Event};
-use crate::lane::{OrderBy, StartAt};
+use crate::lane::{BreakerConfig, OrderBy, Rate, Retry, StartAt, Waits};
 use crate::routing::Scratch;
 
 /// What the shipped file's examples need, and nothing else.
@@ -66,15 +66,21 @@ fn the_shipped_files_examples_work() {
     let (rules, problems) = compile(&uncommented()).unwrap();
     assert_eq!(problems, [], "not even a warning");
     let types: Vec<_> = rules.sinks.iter().map(|sink| (sink.name.as_str(), sink.sink.type_name())).collect();
-    let expected =
-        [("screen", "stdout"), ("crm", "http"), ("analytics", "kafka"), ("ops", "rabbitmq"), ("archive", "http")];
+    let expected = [
+        ("screen", "stdout"),
+        ("crm", "http"),
+        ("analytics", "kafka"),
+        ("ops", "rabbitmq"),
+        ("archive", "http"),
+        ("audit", "http"),
+    ];
     assert_eq!(types, expected);
     let argentina = r#"{"message_status":"read","channel":{"sender_id":"5491122223333"},"campaign":{"id":"x"}}"#;
     assert_eq!(sinks(&rules, argentina), ["screen", "crm", "analytics"]);
     let every = r#"{"message_id":"wamid.A","message_status":"error","event_name":"msg_status","error":{"code":1},
         "channel":{"channel_type":"Whatsapp","name":"Main","sender_id":"5491122223333"},
         "campaign":{"id":"074116ff-76f3-47b7-8be2-92f465718a3e","name":"spring"},"recipient":{"id":"541112341234"}}"#;
-    assert_eq!(sinks(&rules, every), ["screen", "ops", "archive"]);
+    assert_eq!(sinks(&rules, every), ["screen", "ops", "archive", "audit"]);
     assert_eq!(sinks(&rules, &every.replace("spring", "test 1")), ["screen"]);
     assert_eq!(sinks(&rules, &every.replace(r#""code":1"#, r#""code":131026"#)), ["screen"]);
     assert!(!rules.table.keeps_unrouted());
@@ -104,14 +110,41 @@ fn examples_hide_what_is_secret() {
 
 #[test]
 fn lanes_take_what_the_sink_says() {
-    let source = "[sinks.a]\ntype = 'stdout'\nstart = 'earliest'\n[sinks.a.delivery]\nconcurrency = 7\norder_by = 'none'\n\
-        backoff = { initial = '2s', max = '3s' }\nbreaker = { failures = 4, probe = '5s' }\n[[routes]]\nto = ['a']\n";
-    let (rules, problems) = compile(source).unwrap();
-    assert_eq!(problems, []);
-    let lane = &rules.sinks[0].lane;
-    assert_eq!((lane.concurrency, lane.order_by, lane.start), (7, OrderBy::None, StartAt::Earliest));
-    assert_eq!((lane.backoff.initial, lane.backoff.max), (Duration::from_secs(2), Duration::from_secs(3)));
-    assert_eq!((lane.breaker.failures, lane.breaker.probe), (4, Duration::from_secs(5)));
+    let lane = |delivery: &str| {
+        let source = format!(
+            "[sinks.a]\ntype = 'stdout'\nstart = 'earliest'\n[sinks.a.delivery]\n{delivery}\n[[routes]]\nto = ['a']\n"
+        );
+        let (rules, problems) = compile(&source).unwrap();
+        assert_eq!(problems, []);
+        rules.sinks[0].lane.clone()
+    };
+    let seconds = Duration::from_secs;
+    let all = lane(
+        "concurrency = 7\norder_by = 'none'\nrate = '120/m'\nmax_attempts = 20\nmax_age = '72h'\nmax_parked = 5\n\
+        backoff = { initial = '2s', max = '3s' }\nbreaker = { failures = 4, probe = '5s' }",
+    );
+    let expected = lane::Config {
+        concurrency: 7,
+        order_by: OrderBy::None,
+        rate: Some(Rate { interval: Duration::from_millis(500) }),
+        retry: Retry {
+            waits: Waits::Backoff { initial: seconds(2), max: seconds(3) },
+            max_attempts: Some(20),
+            max_age: Some(seconds(72 * 3600)),
+        },
+        max_parked: 5,
+        breaker: BreakerConfig { failures: 4, probe: seconds(5) },
+        start: StartAt::Earliest,
+    };
+    assert_eq!(all, expected);
+    let schedule = lane("schedule = ['5s', '5m']");
+    assert_eq!(schedule.retry.waits, Waits::Schedule(vec![seconds(5), seconds(300)]));
+    let limits = lane("concurrency = 100000\nmax_parked = 10000000\nmax_attempts = 4294967295\nrate = '1000000000/s'");
+    assert_eq!(
+        (limits.concurrency, limits.max_parked, limits.retry.max_attempts),
+        (100_000, 10_000_000, Some(u32::MAX))
+    );
+    assert_eq!(lane("max_attempts = 1\nmax_parked = 1").retry.max_attempts, Some(1));
 }
 
 #[test]
@@ -139,7 +172,6 @@ fn reports_problems_of_all_parts() {
         &[
             "r:3:1: unknown key `strat`; did you mean `start`?",
             "r:4:28: `concurrency` is 0; it must be from 1 to 100000",
-            "r:4:38: warning: `rate` has no effect in this version: a failed delivery is tried until it succeeds",
             "r:4:45: unknown key `oder_by`; did you mean `order_by`?",
         ],
     );
@@ -147,6 +179,19 @@ fn reports_problems_of_all_parts() {
         &format!("{A}[sinks.a.delivery]\nbackoff = {{ initial = '2s', max = '1s' }}\nbreaker.failures = 0\n{ROUTE}"),
         &["r:4:35: `max` is shorter than `initial`", "r:5:20: `failures` is 0; it must be at least 1"],
     );
+    let delivery = |delivery: &str, expected: &str| {
+        check(&format!("{A}[sinks.a.delivery]\n{delivery}\n{ROUTE}"), &[expected]);
+    };
+    const RATE: &str = "; give a number per time, such as \"200/s\", \"90/m\" or \"1000/h\"";
+    for rate in ["5", "0/s", "-1/s", "5/d", "x/s", "1000000001/s"] {
+        delivery(&format!("rate = '{rate}'"), &format!("r:4:8: `rate` is \"{rate}\"{RATE}"));
+    }
+    delivery("max_attempts = 0", "r:4:16: `max_attempts` is 0; it must be from 1 to 4294967295");
+    delivery("max_parked = 0", "r:4:14: `max_parked` is 0; it must be from 1 to 10000000");
+    delivery("max_parked = 10000001", "r:4:14: `max_parked` is 10000001; it must be from 1 to 10000000");
+    delivery("max_age = '0s'", "r:4:11: `max_age` is 0; give a time such as \"10s\"");
+    delivery("schedule = []", "r:4:12: `schedule` is empty; give the waits, such as [\"5s\", \"5m\"]");
+    delivery("schedule = ['5s']\nbackoff = { initial = '1s' }", "r:4:12: `schedule` and `backoff` exclude each other");
     // A sink with problems is there for routes: the problem is reported once.
     check(
         &format!("[sinks.a]\ntype = 'stdin'\n{ROUTE}"),

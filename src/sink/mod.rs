@@ -185,6 +185,8 @@ pub enum Verdict {
     },
     /// No attempt can succeed before someone changes something: a dead letter.
     Reject,
+    /// The whole sink wants no more events (HTTP 410). It is left alone but for probes; the delivery is kept.
+    Gone,
 }
 
 impl DeliveryError {
@@ -195,6 +197,10 @@ impl DeliveryError {
     /// Whether the sink is there and only this event's place in it is missing: no reason to hold other events back.
     pub fn is_of_event(&self) -> bool {
         matches!(&*self.kind, "no_exchange" | "unknown_topic")
+    }
+
+    fn gone(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Gone, kind: kind.into(), text: text.into() }
     }
 
     fn reject(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {

@@ -3,7 +3,7 @@
 use crate::brokers::Inbox;
 use crate::harness::{Relay, Setup, eventually};
 
-const REJECTED: &str = "delivery rejected; it is a dead letter now";
+const REJECTED: &str = "a delivery is a dead letter now";
 
 /// A relay, and what was posted to it.
 pub(crate) struct Rejections {

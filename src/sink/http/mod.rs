@@ -194,7 +194,7 @@ fn judge(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Result<(),
             let after = headers.get(RETRY_AFTER).and_then(|value| retry_after(value, now));
             Err(DeliveryError { verdict: Verdict::Retry { after }, ..DeliveryError::retry(kind, text) })
         }
-        410 => Err(DeliveryError::reject("gone", format!("{text}: it wants no more events"))),
+        410 => Err(DeliveryError::gone("gone", format!("{text}: it wants no more events"))),
         300..=399 => Err(DeliveryError::reject(kind, format!("{text}; redirects are not followed"))),
         0..=199 | 400..=499 => Err(DeliveryError::reject(kind, text)),
     }

@@ -49,7 +49,7 @@ fn verdicts() {
     {
         check(status, &[], Some((Verdict::Reject, kind)));
     }
-    check(410, &[], Some((Verdict::Reject, "gone")));
+    check(410, &[], Some((Verdict::Gone, "gone")));
 }
 
 #[test]

@@ -1,0 +1,259 @@
+//! How operators reach a running lane: what it is doing, pausing it, and giving it deliveries again.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use super::Lane;
+use super::config::OrderBy;
+use super::delivery;
+use crate::event::Event;
+use crate::journal::Position;
+use crate::ledger::{self, Change, Millis};
+use crate::sink::DeliveryError;
+
+/// How many commands may wait for the lane.
+const COMMANDS: usize = 16;
+/// What the rate of deliveries is counted over.
+const RATE_SECONDS: usize = 10;
+
+/// A handle on a running lane. Clones reach the same one.
+#[derive(Clone)]
+pub struct Control {
+    commands: mpsc::Sender<Command>,
+    order_by: OrderBy,
+}
+
+/// The lane has ended: the relay is stopping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the sink's lane has ended; the relay is stopping")]
+pub struct Stopped;
+
+/// What a lane is doing.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// It begins no attempts, because it was told to.
+    pub paused: bool,
+    /// It only probes, because the sink has failed too often.
+    pub breaker_open: bool,
+    /// Events after the cursor; not all of them are this sink's.
+    pub lag_events: u64,
+    /// How old the oldest event is that was read and is not settled.
+    pub lag: Duration,
+    /// Attempts under way.
+    pub in_flight: usize,
+    /// Deliveries that wait for their next attempt.
+    pub parked: usize,
+    /// Delivered since the start.
+    pub delivered: u64,
+    /// Dead letters since the start.
+    pub dead: u64,
+    /// Failed attempts since the start.
+    pub attempts_failed: u64,
+    /// Deliveries per second, over the last ten seconds.
+    pub rate: f64,
+    /// The last attempt that failed.
+    pub last_error: Option<LastError>,
+}
+
+/// A failed attempt.
+#[derive(Clone, Debug)]
+pub struct LastError {
+    /// When.
+    pub at: Millis,
+    /// Its short name.
+    pub kind: String,
+    /// For people.
+    pub text: String,
+}
+
+/// Who waits for changes to be written.
+pub(super) type Written = Vec<oneshot::Sender<()>>;
+
+pub(super) enum Command {
+    Pause(bool),
+    Status(oneshot::Sender<Status>),
+    /// Puts deliveries back to where they are tried.
+    Take {
+        changes: Vec<Change>,
+        written: oneshot::Sender<()>,
+    },
+}
+
+pub(super) fn channel(order_by: OrderBy) -> (Control, mpsc::Receiver<Command>) {
+    let (commands, receiver) = mpsc::channel(COMMANDS);
+    (Control { commands, order_by }, receiver)
+}
+
+impl Control {
+    /// Begins no more attempts; what is under way goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`].
+    pub async fn pause(&self) -> Result<(), Stopped> {
+        self.send(Command::Pause(true)).await
+    }
+
+    /// Goes on after a pause.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`].
+    pub async fn resume(&self) -> Result<(), Stopped> {
+        self.send(Command::Pause(false)).await
+    }
+
+    /// What the lane is doing.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`].
+    pub async fn status(&self) -> Result<Status, Stopped> {
+        let (answer, status) = oneshot::channel();
+        self.send(Command::Status(answer)).await?;
+        status.await.map_err(|_| Stopped)
+    }
+
+    /// Tries dead letters again, of whichever sink; each is given by its number and its event as it was stored. Durable
+    /// on return. A letter that is gone by then is left out.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`]: none of them, or all.
+    pub async fn exhume(&self, letters: Vec<(i64, Bytes)>) -> Result<(), Stopped> {
+        let due_at = ledger::now();
+        let exhume = |(id, record)| {
+            let event = Event::decode(record).ok();
+            Change::Exhume { id, key: event.and_then(|event| self.order_by.value(&event).map(str::to_owned)), due_at }
+        };
+        self.take(letters.into_iter().map(exhume).collect()).await
+    }
+
+    /// Sends events again. Durable on return.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`]: none of them, or all.
+    pub async fn replay(&self, events: Vec<(Position, Event)>) -> Result<(), Stopped> {
+        let now = ledger::now();
+        let park = |(position, event): (_, Event)| delivery::replayed(self.order_by, position, &event, now);
+        self.take(events.into_iter().map(park).collect()).await
+    }
+
+    async fn take(&self, changes: Vec<Change>) -> Result<(), Stopped> {
+        let (answer, written) = oneshot::channel();
+        self.send(Command::Take { changes, written: answer }).await?;
+        written.await.map_err(|_| Stopped)
+    }
+
+    async fn send(&self, command: Command) -> Result<(), Stopped> {
+        self.commands.send(command).await.map_err(|_| Stopped)
+    }
+}
+
+impl Lane {
+    pub(super) fn obey(&mut self, command: Command) {
+        match command {
+            Command::Pause(paused) => self.paused = paused,
+            // Whoever asked and has gone away does not need the answer.
+            Command::Status(answer) => drop(answer.send(self.status())),
+            Command::Take { changes, written } => {
+                for change in &changes {
+                    let key = match change {
+                        Change::Exhume { key, .. } => key.as_deref(),
+                        Change::Park(parked) => parked.key.as_deref(),
+                        Change::Postpone { .. } | Change::Unpark { .. } | Change::Bury(_) | Change::Hasten { .. } => {
+                            continue;
+                        }
+                    };
+                    self.parking.add(key.map(|value| self.order.key(value)), 1);
+                }
+                self.changes.extend(changes);
+                self.written.push(written);
+                self.unwritten = true;
+                self.settle_due = true;
+            }
+        }
+    }
+
+    fn status(&mut self) -> Status {
+        let oldest = self.window.oldest();
+        let lag = oldest.map_or(0, |since| ledger::now().saturating_sub(since));
+        Status {
+            paused: self.paused,
+            breaker_open: !self.breaker.is_closed(),
+            lag_events: self.source.end().since(self.window.cursor()),
+            lag: Duration::from_millis(u64::try_from(lag).unwrap_or(0)),
+            in_flight: self.under_way.len(),
+            parked: self.parking.total(),
+            delivered: self.counts.delivered,
+            dead: self.counts.dead,
+            attempts_failed: self.counts.failed,
+            rate: self.counts.rate(Instant::now()),
+            last_error: self.counts.last_error.clone(),
+        }
+    }
+}
+
+/// What a lane counts.
+#[derive(Default)]
+pub(super) struct Counts {
+    delivered: u64,
+    pub(super) dead: u64,
+    failed: u64,
+    last_error: Option<LastError>,
+    /// Deliveries in each of the last seconds, by the second's number.
+    seconds: [(u64, u64); RATE_SECONDS + 1],
+    began: Option<Instant>,
+}
+
+impl Counts {
+    pub(super) fn delivered(&mut self, now: Instant) {
+        self.delivered += 1;
+        let second = now.duration_since(*self.began.get_or_insert(now)).as_secs();
+        let slot = usize::try_from(second).unwrap_or(0) % self.seconds.len();
+        if let Some((of, count)) = self.seconds.get_mut(slot) {
+            *count = if *of == second { *count + 1 } else { 1 };
+            *of = second;
+        }
+    }
+
+    pub(super) fn failed(&mut self, at: Millis, error: &DeliveryError) {
+        self.failed += 1;
+        self.last_error = Some(LastError { at, kind: error.kind.to_string(), text: error.text.clone() });
+    }
+
+    /// Deliveries per second, over the last whole seconds.
+    fn rate(&self, now: Instant) -> f64 {
+        let Some(began) = self.began else { return 0.0 };
+        let second = now.duration_since(began).as_secs();
+        let window = second.saturating_sub(RATE_SECONDS as u64)..second;
+        let count: u64 = self.seconds.iter().filter(|(of, _)| window.contains(of)).map(|(_, count)| count).sum();
+        match window.end - window.start {
+            // Not a whole second yet.
+            0 => self.delivered as f64,
+            seconds => count as f64 / seconds as f64,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_that_of_the_last_seconds() {
+        let (start, mut counts) = (Instant::now(), Counts::default());
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(counts.rate(start), 0.0);
+        (0..40).for_each(|number| counts.delivered(at(number * 100)));
+        assert_eq!(counts.rate(at(4_050)), 10.0);
+        assert_eq!(counts.rate(at(10_050)), 4.0);
+        assert_eq!(counts.rate(at(12_050)), 2.0);
+        assert_eq!(counts.rate(at(60_000)), 0.0);
+        (600..640).for_each(|number| counts.delivered(at(number * 100)));
+        assert_eq!((counts.rate(at(64_050)), counts.delivered), (4.0, 80));
+    }
+}

@@ -1,0 +1,158 @@
+//! A delivery that is not settled, and what becomes of it in the ledger.
+
+use std::time::Duration;
+
+use super::config::OrderBy;
+use super::order::Key;
+use super::source::Route;
+use super::window::Ticket;
+use crate::event::{Event, Field};
+use crate::journal::Position;
+use crate::ledger::{Change, DeadLetter, Millis, Parked, Reason};
+use crate::sink::DeliveryError;
+
+/// One event on its way to one sink.
+pub(super) struct Delivery {
+    pub(super) event: Event,
+    pub(super) route: Route,
+    pub(super) position: Position,
+    pub(super) place: Place,
+    pub(super) key: Option<Key>,
+    /// How many attempts have failed.
+    pub(super) failures: u32,
+    pub(super) first_failed_at: Option<Millis>,
+    /// What its age counts from.
+    pub(super) since: Millis,
+}
+
+/// Where a delivery is kept until it is settled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In the journal: the cursor has not passed it.
+    Window(Ticket),
+    /// In the ledger: this row.
+    Parked(i64),
+}
+
+impl Delivery {
+    pub(super) fn is_parked(&self) -> bool {
+        matches!(self.place, Place::Parked(_))
+    }
+
+    /// Counts a failed attempt.
+    pub(super) fn failed(&mut self, now: Millis) {
+        self.failures = self.failures.saturating_add(1);
+        self.first_failed_at.get_or_insert(now);
+    }
+
+    /// How old it is. A clock that was set back makes nothing older.
+    pub(super) fn age(&self, now: Millis) -> Duration {
+        Duration::from_millis(u64::try_from(now.saturating_sub(self.since)).unwrap_or(0))
+    }
+
+    /// To be tried again after a failed attempt.
+    pub(super) fn postponed(&self, order_by: OrderBy, due_at: Millis, error: &DeliveryError) -> Change {
+        match self.place {
+            Place::Window(_) => self.parked(order_by, due_at, &error.kind, &error.text),
+            Place::Parked(id) => Change::Postpone {
+                id,
+                attempts: self.failures,
+                first_failed_at: self.first_failed_at.unwrap_or(due_at),
+                due_at,
+                error_kind: error.kind.to_string(),
+                error: error.text.clone(),
+            },
+        }
+    }
+
+    /// To be tried when those of its key that are parked already have gone.
+    pub(super) fn behind(&self, order_by: OrderBy, now: Millis) -> Change {
+        self.parked(order_by, now, "behind", "waits for an earlier event with its key")
+    }
+
+    fn parked(&self, order_by: OrderBy, due_at: Millis, error_kind: &str, error: &str) -> Change {
+        Change::Park(Box::new(Parked {
+            key: order_by.value(&self.event).map(str::to_owned),
+            position: self.position,
+            event_id: self.event.id().to_string(),
+            status: self.event.field(Field::Status).map(str::to_owned),
+            route: self.route.name().to_owned(),
+            attempts: self.failures,
+            since: self.since,
+            first_failed_at: self.first_failed_at,
+            due_at,
+            error_kind: error_kind.to_owned(),
+            error: error.to_owned(),
+            record: self.event.record(),
+        }))
+    }
+
+    /// Not to be tried again. The parked row, if there is one, has to be removed besides.
+    pub(super) fn buried(&self, order_by: OrderBy, reason: Reason, error_kind: &str, error: &str) -> Change {
+        Change::Bury(Box::new(DeadLetter {
+            position: self.position,
+            event_id: self.event.id().to_string(),
+            status: self.event.field(Field::Status).map(str::to_owned),
+            key: order_by.value(&self.event).map(str::to_owned),
+            route: self.route.name().to_owned(),
+            reason,
+            error_kind: error_kind.to_owned(),
+            error: error.to_owned(),
+            attempts: self.failures,
+            first_failed_at: self.first_failed_at,
+            record: self.event.record(),
+        }))
+    }
+}
+
+/// An event that is to be sent again, whatever became of it.
+pub(super) fn replayed(order_by: OrderBy, position: Position, event: &Event, now: Millis) -> Change {
+    Change::Park(Box::new(Parked {
+        key: order_by.value(event).map(str::to_owned),
+        position,
+        event_id: event.id().to_string(),
+        status: event.field(Field::Status).map(str::to_owned),
+        route: "-".to_owned(),
+        attempts: 0,
+        since: now,
+        first_failed_at: None,
+        due_at: now,
+        error_kind: "replay".to_owned(),
+        error: "is sent again because an operator asked for it".to_owned(),
+        record: event.record(),
+    }))
+}
+
+/// An event that no route matches, as a dead letter.
+pub(super) fn unrouted(position: Position, event: &Event) -> Change {
+    Change::Bury(Box::new(DeadLetter {
+        position,
+        event_id: event.id().to_string(),
+        status: event.field(Field::Status).map(str::to_owned),
+        key: None,
+        route: "-".to_owned(),
+        reason: Reason::Unrouted,
+        error_kind: "unrouted".to_owned(),
+        error: "no route matched the event".to_owned(),
+        attempts: 0,
+        first_failed_at: None,
+        record: event.record(),
+    }))
+}
+
+/// An entry that this version can't read, as a dead letter.
+pub(super) fn unreadable(position: Position, record: bytes::Bytes, error: String) -> Change {
+    Change::Bury(Box::new(DeadLetter {
+        position,
+        event_id: "-".to_owned(),
+        status: None,
+        key: None,
+        route: "-".to_owned(),
+        reason: Reason::Unreadable,
+        error_kind: "decode".to_owned(),
+        error,
+        attempts: 0,
+        first_failed_at: None,
+        record,
+    }))
+}

@@ -1,0 +1,128 @@
+//! What a lane asks of its ledger: to write what is settled, and for parked deliveries that are due.
+
+use std::collections::HashSet;
+use std::time::Instant;
+
+use futures_util::future::BoxFuture;
+use tracing::warn;
+
+use super::control::Written;
+use super::{CLOCK_MARGIN, FETCH, Lane, MAX_CHANGES, STORAGE_PAUSE};
+use crate::journal::Position;
+use crate::ledger::{self, Change, Due, LedgerError, Millis, Progress, Wanted};
+
+/// What the ledger is doing for the lane: one thing at a time.
+pub(super) type Storing = BoxFuture<'static, Stored>;
+
+/// What the ledger has done.
+pub(super) enum Stored {
+    Settled { cursor: Position, changes: Vec<Change>, written: Written, result: Result<(), LedgerError> },
+    Fetched(Result<Due, LedgerError>),
+}
+
+impl Lane {
+    /// Starts to write what is settled when it is time to; or else, while the lane is running, to look for deliveries that
+    /// are due.
+    pub(super) fn begin_storing(&mut self, now: Instant, running: bool, storing: &mut Option<Storing>) {
+        if storing.is_some() {
+            return;
+        }
+        if self.settle_due || self.changes.len() > MAX_CHANGES / 2 {
+            *storing = Some(self.settle());
+        } else if running && !self.paused && self.look_at().is_some_and(|at| at <= now) {
+            *storing = Some(self.fetch(false));
+        }
+    }
+
+    /// When to look for parked deliveries that are due, if there is room for them.
+    pub(super) fn look_at(&self) -> Option<Instant> {
+        let has_room = self.breaker.is_closed() && self.ready.len() < self.config.concurrency;
+        self.parking.look_at().filter(|_| has_room)
+    }
+
+    /// Whether there is something to be written.
+    pub(super) fn has_to_settle(&self) -> bool {
+        self.unwritten || self.window.cursor() != self.released
+    }
+
+    /// Writes how far the lane has come, with everything that it passes.
+    pub(super) fn settle(&mut self) -> Storing {
+        self.settle_due = false;
+        self.unwritten = false;
+        let (ledger, name) = (self.ledger.clone(), self.name.clone());
+        let progress = Progress { cursor: self.window.cursor(), ahead: self.window.ahead() };
+        let (changes, written) = (std::mem::take(&mut self.changes), std::mem::take(&mut self.written));
+        Box::pin(async move {
+            let cursor = progress.cursor;
+            let result = ledger.settle(&name, Some(progress), changes.clone()).await;
+            if result.is_err() {
+                tokio::time::sleep(STORAGE_PAUSE).await;
+            }
+            Stored::Settled { cursor, changes, written, result }
+        })
+    }
+
+    /// Looks for parked deliveries that are due; `probe`: for one, whether it is due or not.
+    pub(super) fn fetch(&self, probe: bool) -> Storing {
+        let (ledger, name, now) = (self.ledger.clone(), self.name.clone(), ledger::now());
+        let longest = (self.config.retry.waits.longest() + CLOCK_MARGIN).as_millis();
+        let except: HashSet<i64> = self.parking.loaded().clone();
+        let horizon = now.saturating_add(Millis::try_from(longest).unwrap_or(Millis::MAX));
+        let wanted = Wanted { now, horizon, limit: if probe { 1 } else { FETCH }, any: probe, except };
+        Box::pin(async move {
+            let due = ledger.due(&name, wanted).await;
+            if due.is_err() {
+                tokio::time::sleep(STORAGE_PAUSE).await;
+            }
+            Stored::Fetched(due)
+        })
+    }
+
+    /// Takes what the ledger has done.
+    pub(super) fn stored(&mut self, stored: Stored) {
+        let now = Instant::now();
+        match stored {
+            Stored::Settled { cursor, changes, written, result: Ok(()) } => {
+                self.released = cursor;
+                self.source.release(cursor);
+                self.parking.written(&changes, now);
+                // Whoever asked and has gone away does not need the answer.
+                written.into_iter().for_each(|written| written.send(()).unwrap_or(()));
+            }
+            Stored::Settled { mut changes, mut written, result: Err(error), .. } => {
+                changes.append(&mut self.changes);
+                written.append(&mut self.written);
+                (self.changes, self.written) = (changes, written);
+                self.unwritten = true;
+                warn!(sink = %self.name, %error, "what is settled can't be written; after a crash deliveries would be repeated");
+            }
+            Stored::Fetched(Ok(Due { rows, next })) => {
+                self.parking.looked(next, ledger::now(), now);
+                let found = !rows.is_empty();
+                if !found && next.is_none() && self.changes.is_empty() {
+                    self.parking.found_none();
+                }
+                rows.into_iter().for_each(|row| self.admit_parked(row));
+                if !self.breaker.is_closed() {
+                    self.fetched_probe(found, now);
+                }
+            }
+            Stored::Fetched(Err(error)) => {
+                warn!(sink = %self.name, %error, "parked deliveries can't be read; trying again");
+                self.breaker.no_probe(now);
+            }
+        }
+    }
+
+    /// Tries the delivery that was fetched to probe with.
+    fn fetched_probe(&mut self, found: bool, now: Instant) {
+        if found
+            && self.breaker.is_probing()
+            && let Some(delivery) = self.ready.pop_back()
+        {
+            self.attempt(delivery);
+        } else {
+            self.breaker.no_probe(now);
+        }
+    }
+}

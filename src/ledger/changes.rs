@@ -1,0 +1,273 @@
+//! What a lane settles, as SQL.
+
+use bytes::Bytes;
+use rusqlite::{OptionalExtension as _, Transaction, params};
+
+use super::Millis;
+use crate::journal::Position;
+
+/// How far a lane has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The lowest event that is not settled.
+    pub cursor: Position,
+    /// Events after it that are settled, in order.
+    pub ahead: Vec<Position>,
+}
+
+/// What a lane settles besides its progress. Changes take effect in the order in which they are given.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// A delivery is to be tried later.
+    Park(Box<Parked>),
+    /// A parked delivery failed again.
+    Postpone {
+        /// Its row.
+        id: i64,
+        /// How many attempts were made.
+        attempts: u32,
+        /// When the first of them failed.
+        first_failed_at: Millis,
+        /// When to try again.
+        due_at: Millis,
+        /// What the last one failed with.
+        error_kind: String,
+        /// For people.
+        error: String,
+    },
+    /// A parked delivery is settled.
+    Unpark {
+        /// Its row.
+        id: i64,
+    },
+    /// A delivery will not be tried again.
+    Bury(Box<DeadLetter>),
+    /// A dead letter, of whichever lane, is to be tried again by this one.
+    Exhume {
+        /// Its row.
+        id: i64,
+        /// What its order is kept by.
+        key: Option<String>,
+        /// Now.
+        due_at: Millis,
+    },
+    /// Deliveries parked since then need not wait any longer.
+    Hasten {
+        /// When the first of them failed.
+        since: Millis,
+        /// Now.
+        due_at: Millis,
+    },
+}
+
+/// A delivery to be tried later.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "named like the columns")]
+pub struct Parked {
+    pub key: Option<String>,
+    pub position: Position,
+    pub event_id: String,
+    pub status: Option<String>,
+    pub route: String,
+    pub attempts: u32,
+    pub since: Millis,
+    pub first_failed_at: Option<Millis>,
+    /// Without effect while another of the same key is parked: then it comes after that.
+    pub due_at: Millis,
+    pub error_kind: String,
+    pub error: String,
+    pub record: Bytes,
+}
+
+/// A delivery that will not be tried again.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "named like the columns")]
+pub struct DeadLetter {
+    pub position: Position,
+    pub event_id: String,
+    pub status: Option<String>,
+    pub key: Option<String>,
+    pub route: String,
+    pub reason: Reason,
+    pub error_kind: String,
+    pub error: String,
+    pub attempts: u32,
+    pub first_failed_at: Option<Millis>,
+    pub record: Bytes,
+}
+
+/// Why a delivery is not tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The sink said that no attempt can succeed.
+    Rejected,
+    /// `max_attempts` were made.
+    Exhausted,
+    /// It is older than `max_age`.
+    Expired,
+    /// No route matched the event.
+    Unrouted,
+    /// Its sink is no longer in the rules.
+    SinkRemoved,
+    /// This version can't read it.
+    Unreadable,
+}
+
+impl Reason {
+    /// Its name in the ledger and the API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rejected => "rejected",
+            Self::Exhausted => "exhausted",
+            Self::Expired => "expired",
+            Self::Unrouted => "unrouted",
+            Self::SinkRemoved => "sink_removed",
+            Self::Unreadable => "unreadable",
+        }
+    }
+}
+
+impl Progress {
+    pub(super) fn encode_ahead(&self) -> Vec<u8> {
+        let offsets = self.ahead.iter().map(|position| u32::try_from(position.since(self.cursor)).unwrap_or(u32::MAX));
+        offsets.flat_map(u32::to_le_bytes).collect()
+    }
+
+    pub(super) fn decode(cursor: Position, ahead: &[u8]) -> Self {
+        let (offsets, _) = ahead.as_chunks();
+        let at = |offset: &[u8; 4]| cursor.to_stored().saturating_add(u32::from_le_bytes(*offset).into());
+        Self { cursor, ahead: offsets.iter().map(|offset| Position::from_stored(at(offset))).collect() }
+    }
+}
+
+/// Writes a lane's progress, and what it passes.
+pub(super) fn settle(
+    transaction: &Transaction<'_>,
+    lane: &str,
+    progress: Option<&Progress>,
+    changes: &[Change],
+    now: Millis,
+) -> rusqlite::Result<()> {
+    for change in changes {
+        apply(transaction, lane, change, now)?;
+    }
+    let Some(progress) = progress else { return Ok(()) };
+    let mut upsert = transaction.prepare_cached(
+        "INSERT INTO cursors (lane, position, ahead, updated_at) VALUES (?1, ?2, ?3, ?4)
+         ON CONFLICT (lane) DO UPDATE SET position = excluded.position, ahead = excluded.ahead, updated_at = excluded.updated_at",
+    )?;
+    upsert.execute(params![lane, progress.cursor.to_stored(), progress.encode_ahead(), now])?;
+    Ok(())
+}
+
+fn apply(transaction: &Transaction<'_>, lane: &str, change: &Change, now: Millis) -> rusqlite::Result<()> {
+    match change {
+        Change::Park(parked) => park(transaction, lane, parked),
+        Change::Postpone { id, attempts, first_failed_at, due_at, error_kind, error } => {
+            let mut update = transaction.prepare_cached(
+                "UPDATE parked SET attempts = ?2, first_failed_at = ?3, due_at = ?4, error_kind = ?5, error = ?6 WHERE id = ?1",
+            )?;
+            update.execute(params![id, attempts, first_failed_at, due_at, error_kind, error])?;
+            Ok(())
+        }
+        Change::Unpark { id } => unpark(transaction, *id, now),
+        Change::Bury(letter) => bury(transaction, lane, letter, now),
+        Change::Exhume { id, key, due_at } => {
+            let mut insert = transaction.prepare_cached(
+                "INSERT INTO parked (lane, key, position, event_id, status, route, attempts, since, first_failed_at, due_at, error_kind, error, record)
+                 SELECT ?2, ?3, position, event_id, status, route, 0, ?4, NULL,
+                        CASE WHEN EXISTS (SELECT 1 FROM parked WHERE lane = ?2 AND key = ?3) THEN NULL ELSE ?4 END,
+                        error_kind, error, record
+                 FROM dead_letters WHERE id = ?1",
+            )?;
+            insert.execute(params![id, lane, key, due_at])?;
+            transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?.execute([id])?;
+            Ok(())
+        }
+        Change::Hasten { since, due_at } => {
+            let mut update = transaction.prepare_cached(
+                "UPDATE parked SET due_at = ?3 WHERE lane = ?1 AND due_at > ?3 AND first_failed_at >= ?2",
+            )?;
+            update.execute(params![lane, since, due_at])?;
+            Ok(())
+        }
+    }
+}
+
+fn park(transaction: &Transaction<'_>, lane: &str, parked: &Parked) -> rusqlite::Result<()> {
+    let mut insert = transaction.prepare_cached(
+        "INSERT INTO parked (lane, key, position, event_id, status, route, attempts, since, first_failed_at, due_at, error_kind, error, record)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9,
+                 CASE WHEN EXISTS (SELECT 1 FROM parked WHERE lane = ?1 AND key = ?2) THEN NULL ELSE ?10 END, ?11, ?12, ?13)",
+    )?;
+    insert.execute(params![
+        lane,
+        parked.key,
+        parked.position.to_stored(),
+        parked.event_id,
+        parked.status,
+        parked.route,
+        parked.attempts,
+        parked.since,
+        parked.first_failed_at,
+        parked.due_at,
+        parked.error_kind,
+        parked.error,
+        &parked.record[..],
+    ])?;
+    Ok(())
+}
+
+/// Removes a row; the next one with its key may go then.
+fn unpark(transaction: &Transaction<'_>, id: i64, now: Millis) -> rusqlite::Result<()> {
+    let mut delete = transaction.prepare_cached("DELETE FROM parked WHERE id = ?1 RETURNING lane, key")?;
+    let row: Option<(String, Option<String>)> =
+        delete.query_row([id], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+    if let Some((lane, Some(key))) = row {
+        let mut promote = transaction.prepare_cached(
+            "UPDATE parked SET due_at = ?3 WHERE due_at IS NULL
+             AND id = (SELECT min(id) FROM parked WHERE lane = ?1 AND key = ?2)",
+        )?;
+        promote.execute(params![lane, key, now])?;
+    }
+    Ok(())
+}
+
+/// After a crash the same delivery may die again.
+fn bury(transaction: &Transaction<'_>, lane: &str, dead: &DeadLetter, now: Millis) -> rusqlite::Result<()> {
+    let mut insert = transaction.prepare_cached(
+        "INSERT OR REPLACE INTO dead_letters
+         (lane, position, event_id, status, key, route, reason, error_kind, error, attempts, first_failed_at, died_at, record)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+    )?;
+    insert.execute(params![
+        lane,
+        dead.position.to_stored(),
+        dead.event_id,
+        dead.status,
+        dead.key,
+        dead.route,
+        dead.reason.as_str(),
+        dead.error_kind,
+        dead.error,
+        dead.attempts,
+        dead.first_failed_at,
+        now,
+        &dead.record[..],
+    ])?;
+    Ok(())
+}
+
+/// Makes dead letters of a lane's parked deliveries, and forgets its cursor; how many they were.
+pub(super) fn close_lane(transaction: &Transaction<'_>, lane: &str, now: Millis) -> rusqlite::Result<usize> {
+    let buried = transaction.execute(
+        "INSERT OR REPLACE INTO dead_letters
+         (lane, position, event_id, status, key, route, reason, error_kind, error, attempts, first_failed_at, died_at, record)
+         SELECT lane, position, event_id, status, key, route, ?2, error_kind, error, attempts, first_failed_at, ?3, record
+         FROM parked WHERE lane = ?1 ORDER BY id",
+        params![lane, Reason::SinkRemoved.as_str(), now],
+    )?;
+    transaction.execute("DELETE FROM parked WHERE lane = ?1", [lane])?;
+    transaction.execute("DELETE FROM cursors WHERE lane = ?1", [lane])?;
+    Ok(buried)
+}

@@ -1,0 +1,163 @@
+//! Parked deliveries: which are due.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use rusqlite::{Connection, Row, params};
+
+use super::Millis;
+
+/// How many of one key's parked deliveries are fetched together, so that they follow each other at once.
+const CHAIN: i64 = 256;
+/// No more is fetched together than what takes about so many bytes.
+const MAX_BYTES: usize = 8 << 20;
+
+/// What to look for.
+#[derive(Debug)]
+pub struct Wanted {
+    /// Due by then.
+    pub now: Millis,
+    /// What is due later than that was written before the clock jumped back, and counts as due.
+    pub horizon: Millis,
+    /// How many, about.
+    pub limit: usize,
+    /// Also those that are not due.
+    pub any: bool,
+    /// Rows that the lane has already.
+    pub except: HashSet<i64>,
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Due {
+    /// Rows of one key are in their order.
+    pub rows: Vec<ParkedRow>,
+    /// When the next of the others is due, as far as is known.
+    pub next: Option<Millis>,
+}
+
+/// A parked delivery.
+#[derive(Debug)]
+#[expect(missing_docs, reason = "named like the columns")]
+pub struct ParkedRow {
+    pub id: i64,
+    pub key: Option<String>,
+    pub position: i64,
+    pub route: String,
+    pub attempts: u32,
+    pub since: Millis,
+    pub first_failed_at: Option<Millis>,
+    pub record: Bytes,
+}
+
+pub(super) fn due(connection: &Connection, lane: &str, wanted: &Wanted) -> rusqlite::Result<Due> {
+    let (mut due, mut bytes) = (Due::default(), 0);
+    let mut heads = connection.prepare_cached(
+        "SELECT id, key, position, route, attempts, since, first_failed_at, record, due_at FROM parked
+         WHERE lane = ?1 AND due_at IS NOT NULL ORDER BY due_at",
+    )?;
+    let mut rows = heads.query([lane])?;
+    while let Some(row) = rows.next()? {
+        if wanted.except.contains(&row.get(0)?) {
+            continue;
+        }
+        let due_at: Millis = row.get(8)?;
+        let is_due = due_at <= wanted.now || wanted.any;
+        if !is_due || due.rows.len() >= wanted.limit || bytes >= MAX_BYTES {
+            due.next = Some(due_at.max(wanted.now));
+            break;
+        }
+        let first = due.rows.len();
+        let head = read(row)?;
+        let key = head.key.clone();
+        let id = head.id;
+        due.rows.push(head);
+        if let Some(key) = key {
+            followers(connection, lane, &key, id, wanted, &mut due.rows)?;
+        }
+        bytes += due.rows.iter().skip(first).map(|row| row.record.len()).sum::<usize>();
+    }
+    if due.rows.len() < wanted.limit {
+        beyond_horizon(connection, lane, wanted, &mut due)?;
+    }
+    Ok(due)
+}
+
+fn followers(
+    connection: &Connection,
+    lane: &str,
+    key: &str,
+    after: i64,
+    wanted: &Wanted,
+    found: &mut Vec<ParkedRow>,
+) -> rusqlite::Result<()> {
+    if wanted.any {
+        return Ok(());
+    }
+    let mut statement = connection.prepare_cached(
+        "SELECT id, key, position, route, attempts, since, first_failed_at, record FROM parked
+         WHERE lane = ?1 AND key = ?2 AND id > ?3 ORDER BY id LIMIT ?4",
+    )?;
+    let mut rows = statement.query(params![lane, key, after, CHAIN])?;
+    let mut bytes = 0;
+    while bytes < MAX_BYTES
+        && let Some(row) = rows.next()?
+    {
+        if wanted.except.contains(&row.get(0)?) {
+            // It is on its way already, and so are those after it.
+            break;
+        }
+        let follower = read(row)?;
+        bytes += follower.record.len();
+        found.push(follower);
+    }
+    Ok(())
+}
+
+fn beyond_horizon(connection: &Connection, lane: &str, wanted: &Wanted, due: &mut Due) -> rusqlite::Result<()> {
+    let mut statement = connection.prepare_cached(
+        "SELECT id, key, position, route, attempts, since, first_failed_at, record FROM parked
+         WHERE lane = ?1 AND due_at > ?2 ORDER BY due_at LIMIT ?3",
+    )?;
+    let limit = i64::try_from(wanted.limit - due.rows.len()).unwrap_or(i64::MAX);
+    let mut rows = statement.query(params![lane, wanted.horizon, limit])?;
+    while let Some(row) = rows.next()? {
+        let id = row.get(0)?;
+        if !wanted.except.contains(&id) && !due.rows.iter().any(|found| found.id == id) {
+            due.rows.push(read(row)?);
+        }
+    }
+    Ok(())
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<ParkedRow> {
+    Ok(ParkedRow {
+        id: row.get(0)?,
+        key: row.get(1)?,
+        position: row.get(2)?,
+        route: row.get(3)?,
+        attempts: row.get(4)?,
+        since: row.get(5)?,
+        first_failed_at: row.get(6)?,
+        record: Bytes::from(row.get::<_, Vec<u8>>(7)?),
+    })
+}
+
+/// Sees to it that the first row of each key has a time: without one nobody would ever look at it.
+pub(super) fn heal(connection: &Connection, now: Millis) -> rusqlite::Result<usize> {
+    connection.execute(
+        "UPDATE parked SET due_at = ?1 WHERE due_at IS NULL
+         AND id IN (SELECT min(id) FROM parked GROUP BY lane, key)",
+        [now],
+    )
+}
+
+/// How many rows each key has.
+pub(super) fn keys(connection: &Connection, lane: &str) -> rusqlite::Result<Vec<(Option<String>, usize)>> {
+    let mut statement = connection.prepare("SELECT key, count(*) FROM parked WHERE lane = ?1 GROUP BY key")?;
+    let rows = statement.query_map([lane], |row| {
+        let count: i64 = row.get(1)?;
+        Ok((row.get(0)?, usize::try_from(count).unwrap_or(0)))
+    })?;
+    rows.collect()
+}

@@ -1,0 +1,126 @@
+use std::collections::HashSet;
+
+use bytes::Bytes;
+
+use super::*;
+
+fn at(position: i64) -> Position {
+    Position::from_stored(position)
+}
+
+fn progress(cursor: i64, ahead: &[i64]) -> Progress {
+    Progress { cursor: at(cursor), ahead: ahead.iter().copied().map(at).collect() }
+}
+
+fn dead(position: i64, status: &str) -> Change {
+    Change::Bury(Box::new(DeadLetter {
+        position: at(position),
+        event_id: format!("evt_{position}"),
+        status: Some(status.into()),
+        key: Some("k".into()),
+        route: "all".into(),
+        reason: Reason::Rejected,
+        error_kind: "http_400".into(),
+        error: "bad request".into(),
+        attempts: 1,
+        first_failed_at: None,
+        record: Bytes::from_static(b"record"),
+    }))
+}
+
+fn park(position: i64, key: Option<&str>, due_at: Millis) -> Change {
+    Change::Park(Box::new(Parked {
+        key: key.map(Into::into),
+        position: at(position),
+        event_id: format!("evt_{position}"),
+        status: None,
+        route: "all".into(),
+        attempts: 1,
+        since: 0,
+        first_failed_at: Some(due_at - 10),
+        due_at,
+        error_kind: "timeout".into(),
+        error: "too slow".into(),
+        record: Bytes::from_static(b"record"),
+    }))
+}
+
+async fn due(ledger: &Ledger, now: Millis, except: &[i64]) -> (Vec<i64>, Option<Millis>) {
+    let except: HashSet<_> = except.iter().copied().collect();
+    let due = ledger.due("crm", Wanted { now, horizon: 1_000_000, limit: 10, any: false, except }).await.unwrap();
+    (due.rows.iter().map(|row| row.position).collect(), due.next)
+}
+
+#[tokio::test]
+async fn progress_and_dead_letters_survive_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.sqlite");
+    let Opened { ledger, progress: found, thread } = Ledger::open(&path).unwrap();
+    assert!(found.is_empty());
+    ledger.settle("crm", Some(progress(5, &[7, 9])), vec![dead(3, "read"), dead(4, "sent")]).await.unwrap();
+    ledger.settle("ops", Some(progress(2, &[])), vec![]).await.unwrap();
+    ledger.settle("crm", Some(progress(9, &[12, 4_000_000_000])), vec![dead(4, "sent")]).await.unwrap();
+    drop(ledger);
+    thread.join().unwrap();
+    let letters = Letters::open(&path).unwrap();
+    assert_eq!(letters.count(&Filter::default()).unwrap().0, 2, "the one that died twice counts once");
+    let sent = Filter { status: Some("sent".into()), sink: Some("crm".into()), ..Filter::default() };
+    assert_eq!(letters.list(&sent, 10).unwrap().len(), 1);
+    let found = Ledger::open(&path).unwrap().progress;
+    assert_eq!(found["crm"], progress(9, &[12, 4_000_000_000]));
+    assert_eq!(found["ops"], progress(2, &[]));
+}
+
+#[tokio::test]
+async fn keys_go_one_after_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let Opened { ledger, .. } = Ledger::open(&dir.path().join("ledger.sqlite")).unwrap();
+    let changes = vec![park(1, Some("a"), 50), park(2, Some("a"), 10), park(3, Some("b"), 20), park(4, None, 90)];
+    ledger.settle("crm", None, changes).await.unwrap();
+    assert_eq!(due(&ledger, 0, &[]).await, (vec![], Some(20)));
+    assert_eq!(due(&ledger, 20, &[]).await, (vec![3], Some(50)));
+    assert_eq!(due(&ledger, 60, &[]).await, (vec![3, 1, 2], Some(90)), "what waits behind is due with its head");
+    assert_eq!(due(&ledger, 60, &[3, 1, 2]).await, (vec![], Some(90)));
+    ledger.settle("crm", None, vec![Change::Unpark { id: 1 }]).await.unwrap();
+    let (rows, _) = due(&ledger, Millis::MAX / 2, &[]).await;
+    assert_eq!(rows, [3, 4, 2], "the next of the key is due at once");
+    let mut keys = ledger.parked_keys("crm").await.unwrap();
+    keys.sort();
+    assert_eq!(keys, [(None, 1), (Some("a".into()), 1), (Some("b".into()), 1)]);
+}
+
+#[tokio::test]
+async fn what_was_due_before_the_clock_jumped_back_is_due() {
+    let dir = tempfile::tempdir().unwrap();
+    let Opened { ledger, .. } = Ledger::open(&dir.path().join("ledger.sqlite")).unwrap();
+    ledger.settle("crm", None, vec![park(1, None, 1_000_000), park(2, None, 1_000_001)]).await.unwrap();
+    assert_eq!(due(&ledger, 0, &[]).await.0, [2]);
+    assert_eq!(due(&ledger, 0, &[2]).await.0, Vec::<i64>::new());
+}
+
+#[tokio::test]
+async fn dead_letters_are_exhumed_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.sqlite");
+    let Opened { ledger, .. } = Ledger::open(&path).unwrap();
+    ledger.settle("old", None, vec![dead(1, "sent"), dead(2, "read"), dead(3, "read")]).await.unwrap();
+    let exhume = |id| Change::Exhume { id, key: Some("k".into()), due_at: 5 };
+    ledger.settle("crm", None, vec![exhume(1), exhume(2), exhume(99)]).await.unwrap();
+    assert_eq!(due(&ledger, 5, &[]).await.0, [1, 2]);
+    let letters = Letters::open(&path).unwrap();
+    assert_eq!(letters.counts().unwrap(), HashMap::from([("old".to_owned(), 1)]));
+    assert_eq!(ledger.discard(vec![3, 4]).await.unwrap(), 1);
+    assert!(letters.get(3).unwrap().is_none());
+    assert_eq!(ledger.close_lane("crm").await.unwrap(), 2);
+    let gone = Filter { reason: Some("sink_removed".into()), ..Filter::default() };
+    assert_eq!(letters.count(&gone).unwrap().0, 2);
+}
+
+#[test]
+fn a_newer_schema_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.sqlite");
+    drop(Ledger::open(&path).unwrap());
+    Connection::open(&path).unwrap().pragma_update(None, "user_version", schema::VERSION + 1).unwrap();
+    assert!(matches!(Ledger::open(&path), Err(LedgerError::NewerVersion { version: 3, .. })));
+}
