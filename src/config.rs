@@ -1,7 +1,6 @@
 //! The settings: built-in defaults, then `relay.toml`, then `RELAY_…` variables. Each part owns its own table; this
 //! module only puts them together and says what is wrong with all of them.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 use serde::Deserialize;
 
 use crate::document::{Lookup, resolved};
-use crate::{ingress, journal, telemetry};
+use crate::{admin, ingress, journal, telemetry};
 
 /// The file that is read if it is there.
 pub const DEFAULT_FILE: &str = "relay.toml";
@@ -33,7 +32,7 @@ pub struct Config {
     pub routes: PathBuf,
     pub ingress: ingress::Config,
     pub journal: journal::Config,
-    pub admin: AdminConfig,
+    pub admin: admin::Config,
     pub shutdown: ShutdownConfig,
     pub telemetry: telemetry::Config,
 }
@@ -45,26 +44,10 @@ impl Default for Config {
             routes: "routes.toml".into(),
             ingress: ingress::Config::default(),
             journal: journal::Config::default(),
-            admin: AdminConfig::default(),
+            admin: admin::Config::default(),
             shutdown: ShutdownConfig::default(),
             telemetry: telemetry::Config::default(),
         }
-    }
-}
-
-/// The `[admin]` settings. They are read, and have no effect yet.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AdminConfig {
-    /// Address and port.
-    pub listen: SocketAddr,
-    /// The bearer token; required unless `listen` is a loopback address.
-    pub token: Option<String>,
-}
-
-impl Default for AdminConfig {
-    fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9090)), token: None }
     }
 }
 
@@ -126,12 +109,11 @@ impl Config {
 
     fn check(&self, warnings: &mut Vec<String>) -> Result<(), ConfigError> {
         let auth = ingress::Auth::check(&self.ingress.auth).err().map(|error| error.to_string());
-        let admin = (!self.admin.listen.ip().is_loopback() && self.admin.token.is_none())
-            .then(|| format!("admin.listen is {}, which is not loopback; set admin.token", self.admin.listen));
-        let problems: Vec<_> = [self.ingress.problem(), auth, self.journal.problem(), admin, self.telemetry.problem()]
-            .into_iter()
-            .flatten()
-            .collect();
+        let problems: Vec<_> =
+            [self.ingress.problem(), auth, self.journal.problem(), self.admin.problem(), self.telemetry.problem()]
+                .into_iter()
+                .flatten()
+                .collect();
         if self.telemetry.otlp_endpoint.is_some() {
             warnings.push("telemetry.otlp_endpoint has no effect in this version".to_owned());
         }

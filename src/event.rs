@@ -143,6 +143,21 @@ impl Event {
     }
 }
 
+/// The events of a body as if they were received now.
+///
+/// # Errors
+///
+/// [`BodyError`], as from [`parse`].
+pub fn sample(body: &[u8], token: &str) -> Result<Vec<Event>, BodyError> {
+    let decoded = parse(body)?.into_iter().map(|parsed| {
+        let mut record = Vec::new();
+        parsed.encode(parsed.id(), SystemTime::now(), token, None, &mut record);
+        Event::decode(record.into())
+    });
+    // What was encoded just now can be decoded.
+    Ok(decoded.filter_map(Result::ok).collect())
+}
+
 /// A time as RFC 3339 in UTC with milliseconds.
 pub fn rfc3339(time: SystemTime) -> String {
     jiff::Timestamp::try_from(time).map_or_else(|_| "-".to_owned(), |time| format!("{time:.3}"))

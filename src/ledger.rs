@@ -35,10 +35,16 @@ const QUEUE: usize = 1024;
 /// How long a transaction waits for somebody else who has the file locked, an operator with `sqlite3` for example.
 const BUSY: Duration = Duration::from_secs(5);
 
-/// A handle on the ledger. Clones share it; the thread ends with the last.
+/// A handle on the ledger. Clones share it.
 #[derive(Clone)]
 pub struct Ledger {
-    requests: SyncSender<Box<dyn Request>>,
+    requests: SyncSender<Message>,
+}
+
+/// What the thread is told.
+enum Message {
+    Request(Box<dyn Request>),
+    Close,
 }
 
 /// A ledger that was just opened.
@@ -47,7 +53,7 @@ pub struct Opened {
     pub ledger: Ledger,
     /// How far every lane that it knows has come.
     pub progress: HashMap<String, Progress>,
-    /// The thread that owns the file; it can be joined once all handles are dropped.
+    /// The thread that owns the file; it ends after [`Ledger::close`], or with the last handle.
     pub thread: JoinHandle<()>,
 }
 
@@ -155,12 +161,18 @@ impl Ledger {
         .await
     }
 
+    /// Ends the thread when what is queued is done. Requests after that fail. Blocks while the queue is full.
+    pub fn close(&self) {
+        // If the thread has ended already, there is nothing to end.
+        drop(self.requests.send(Message::Close));
+    }
+
     async fn run<T: Send + 'static>(
         &self,
         work: impl FnMut(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, LedgerError> {
         let (answer, result) = oneshot::channel();
-        let task: Box<dyn Request> = Box::new(Task { work, value: None, answer });
+        let task = Message::Request(Box::new(Task { work, value: None, answer }));
         // Lanes ask for one thing at a time, so that the queue is full only while the disk hangs; the lane waits
         // elsewhere then.
         let requests = self.requests.clone();
@@ -198,10 +210,17 @@ fn load_progress(connection: &Connection) -> Result<HashMap<String, Progress>, L
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-/// Takes what has gathered, does it in one transaction, and answers; until all handles are dropped.
-fn serve(connection: &mut Connection, queue: &Receiver<Box<dyn Request>>) {
-    while let Ok(first) = queue.recv() {
-        let mut requests: Vec<_> = std::iter::once(first).chain(queue.try_iter().take(QUEUE)).collect();
+/// Takes what has gathered, does it in one transaction, and answers; until it is told to end.
+fn serve(connection: &mut Connection, queue: &Receiver<Message>) {
+    let mut open = true;
+    while open && let Ok(first) = queue.recv() {
+        let mut requests = Vec::new();
+        for message in std::iter::once(first).chain(queue.try_iter().take(QUEUE)) {
+            match message {
+                Message::Request(request) => requests.push(request),
+                Message::Close => open = false,
+            }
+        }
         let result = commit(connection, &mut requests).map_err(|error| error.to_string());
         for request in requests {
             request.done(result.clone().map_err(LedgerError::Failed));
@@ -210,6 +229,9 @@ fn serve(connection: &mut Connection, queue: &Receiver<Box<dyn Request>>) {
 }
 
 fn commit(connection: &mut Connection, requests: &mut [Box<dyn Request>]) -> rusqlite::Result<()> {
+    if requests.is_empty() {
+        return Ok(());
+    }
     let transaction = connection.transaction()?;
     requests.iter_mut().try_for_each(|request| request.run(&transaction))?;
     transaction.commit()

@@ -14,6 +14,7 @@
 //! [`relay`] puts them together. [`config`] and [`rules`] read what the user has written, by way of [`document`] and
 //! [`template`]; [`cli`] has the commands.
 
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod document;

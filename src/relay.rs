@@ -8,18 +8,19 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{error, info, warn};
 
+use crate::admin::{self, Operated};
 use crate::config::{Config, ShutdownConfig};
 use crate::ingress::{Auth, AuthError, Ingress};
 use crate::journal::recovery::{Finding, Kind};
 use crate::journal::{Health, Journal, OpenError, Position, Start};
-use crate::lane::{Beginning, Control, Lane, Phase, Remains, StartAt, Unrouted};
+use crate::lane::{Beginning, Lane, Phase, Remains, StartAt, Unrouted};
 use crate::ledger::{Ledger, LedgerError, Opened, Progress};
 use crate::routing::UNROUTED;
 use crate::rules::Rules;
@@ -43,7 +44,15 @@ pub enum Shutdown {
     Now,
 }
 
-/// Runs until `shutdown` says to end. `listener` is the ingress's socket, bound by the caller.
+/// The sockets that a relay listens on, bound by the caller.
+pub struct Listeners {
+    /// For webhooks.
+    pub ingress: TcpListener,
+    /// For operators.
+    pub admin: TcpListener,
+}
+
+/// Runs until `shutdown` says to end.
 ///
 /// # Errors
 ///
@@ -51,12 +60,17 @@ pub enum Shutdown {
 pub async fn run(
     config: Config,
     rules: Rules,
-    listener: TcpListener,
+    listeners: Listeners,
     shutdown: watch::Receiver<Shutdown>,
 ) -> Result<(), RunError> {
-    let started = Relay::start(&config, &rules).await?;
-    info!(listen = %listener.local_addr()?, path = %config.ingress.path, sinks = rules.sinks.len(), "accepting webhooks");
-    started.serve(listener, shutdown, config.shutdown).await
+    let sinks = rules.sinks.len();
+    let (started, operated) = Relay::start(&config, rules, &shutdown).await?;
+    let (ingress, admin) = (listeners.ingress.local_addr()?, listeners.admin.local_addr()?);
+    let operating = tokio::spawn(admin::serve(config.admin, listeners.admin, operated));
+    info!(listen = %ingress, path = %config.ingress.path, sinks, %admin, "accepting webhooks");
+    let result = started.serve(listeners.ingress, shutdown, config.shutdown).await;
+    operating.abort();
+    result
 }
 
 /// The parts of a running relay.
@@ -65,21 +79,26 @@ struct Relay {
     journal: Journal,
     ingress: Ingress,
     lanes: JoinSet<(String, Remains)>,
-    controls: Vec<(String, Control)>,
     sinks: Vec<Sink>,
     phase: watch::Sender<Phase>,
+    ledger: Ledger,
     ledger_thread: JoinHandle<()>,
 }
 
 impl Relay {
-    async fn start(config: &Config, rules: &Rules) -> Result<Self, RunError> {
+    async fn start(
+        config: &Config,
+        rules: Rules,
+        shutdown: &watch::Receiver<Shutdown>,
+    ) -> Result<(Self, Operated), RunError> {
         let dir = &config.data_dir;
         let lock = lock_data_dir(dir)?;
         let (auth, generated) = Auth::new(&config.ingress.auth, dir)?;
         if let Some(path) = generated {
             info!(file = %path.display(), "no token is configured; senders need the one in this file");
         }
-        let Opened { ledger, progress, thread: ledger_thread } = Ledger::open(&dir.join("ledger.sqlite"))?;
+        let ledger_file = dir.join("ledger.sqlite");
+        let Opened { ledger, progress, thread: ledger_thread } = Ledger::open(&ledger_file)?;
         let is_lane = |name: &str| match name {
             UNROUTED => rules.table.keeps_unrouted(),
             name => rules.sinks.iter().any(|sink| sink.name == name),
@@ -114,7 +133,16 @@ impl Relay {
         journal.start()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let ingress = Ingress::start(&config.ingress, auth, &journal, cores)?;
-        Ok(Self { _lock: lock, journal, ingress, lanes, controls, sinks, phase, ledger_thread })
+        let operated = Operated {
+            rules,
+            lanes: controls,
+            journal: journal.view(),
+            ledger: ledger.clone(),
+            ledger_file,
+            unready: unready(&journal, shutdown.clone()),
+            started: SystemTime::now(),
+        };
+        Ok((Self { _lock: lock, journal, ingress, lanes, sinks, phase, ledger, ledger_thread }, operated))
     }
 
     async fn serve(
@@ -166,11 +194,12 @@ impl Relay {
         if tokio::time::timeout(SINK_CLOSE, close).await.is_err() {
             warn!("not every sink closed in time");
         }
-        let (journal, ledger) = (self.journal, self.ledger_thread);
+        let (journal, ledger, ledger_thread) = (self.journal, self.ledger, self.ledger_thread);
         let closed = tokio::task::spawn_blocking(move || {
             journal.close();
+            ledger.close();
             // Its panic has been reported by the thread itself.
-            drop(ledger.join());
+            drop(ledger_thread.join());
         });
         drop(closed.await);
         for (sink, Remains { lag_events, parked }) in remains.into_iter().filter(|(name, _)| name != UNROUTED) {
@@ -228,6 +257,16 @@ async fn asked_to_end(shutdown: &mut watch::Receiver<Shutdown>, delay: Duration)
             _ = shutdown.wait_for(|shutdown| *shutdown > Shutdown::AfterDelay) => {}
         }
     }
+}
+
+/// Says why the ingress would not accept, if so.
+fn unready(journal: &Journal, shutdown: watch::Receiver<Shutdown>) -> Box<dyn Fn() -> Option<String> + Send + Sync> {
+    let journal = journal.view();
+    Box::new(move || match journal.health() {
+        Health::Full(reason) => Some(format!("the journal is full: {reason}")),
+        Health::Failed(reason) => Some(format!("the journal has failed: {reason}")),
+        Health::Serving => (*shutdown.borrow() != Shutdown::No).then(|| "the relay is stopping".to_owned()),
+    })
 }
 
 /// Waits until the journal has failed; why.

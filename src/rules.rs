@@ -1,5 +1,7 @@
 //! `routes.toml`, compiled: the sinks, how their lanes deliver, and the routing table. All of it or nothing.
 
+mod explain;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,6 +9,8 @@ use crate::document::{Document, Lookup, Problem, Severity};
 use crate::lane;
 use crate::routing::{Table, check_sink_name};
 use crate::sink;
+
+pub use explain::{Destination, Explained};
 
 /// The rules that a relay runs by.
 #[derive(Clone)]

@@ -1,6 +1,6 @@
 //! `engage-relay run`: serves until a signal.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::Global;
 use crate::config::Config;
-use crate::relay::{self, Shutdown};
+use crate::relay::{self, Listeners, Shutdown};
 use crate::rules::Rules;
 
 pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
@@ -27,8 +27,12 @@ pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
 }
 
 async fn serve(config: Config, rules: Rules) -> anyhow::Result<()> {
-    let address = config.ingress.listen;
-    let listener = TcpListener::bind(address).with_context(|| format!("can't listen on {address} (ingress.listen)"))?;
+    let bind = |address: SocketAddr, setting| {
+        TcpListener::bind(address).with_context(|| format!("can't listen on {address} ({setting})"))
+    };
+    let ingress = bind(config.ingress.listen, "ingress.listen")?;
+    let admin = bind(config.admin.listen, "admin.listen")?;
+    let listeners = Listeners { ingress, admin };
     let shutdown = watch::Sender::new(Shutdown::No);
     let asked = shutdown.subscribe();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -48,7 +52,7 @@ async fn serve(config: Config, rules: Rules) -> anyhow::Result<()> {
         std::future::pending::<()>().await;
     };
     tokio::select! {
-        result = relay::run(config, rules, listener, asked) => Ok(result?),
+        result = relay::run(config, rules, listeners, asked) => Ok(result?),
         () = signals => Ok(()),
     }
 }

@@ -244,6 +244,11 @@ impl Journal {
         Reader::new(Arc::clone(&self.shared), start)
     }
 
+    /// A handle for those who look at it.
+    pub fn view(&self) -> View {
+        View(Arc::clone(&self.shared))
+    }
+
     /// The position after the last durable entry.
     pub fn end(&self) -> Position {
         *self.shared.durable.borrow()
@@ -267,6 +272,32 @@ impl Journal {
             // A panic there has been reported by the thread itself.
             drop(thread.join());
         }
+    }
+}
+
+/// The journal as those see it who do not write. Clones share it.
+#[derive(Clone)]
+pub struct View(Arc<Shared>);
+
+impl View {
+    /// A reader, which keeps all entries from its position on until it releases them, or is dropped.
+    pub fn reader(&self, start: Start) -> Reader {
+        Reader::new(Arc::clone(&self.0), start)
+    }
+
+    /// The position after the last durable entry.
+    pub fn end(&self) -> Position {
+        *self.0.durable.borrow()
+    }
+
+    /// Whether appends can succeed.
+    pub fn health(&self) -> Health {
+        self.0.health.borrow().clone()
+    }
+
+    /// How many bytes the segment files take.
+    pub fn disk_bytes(&self) -> u64 {
+        self.0.disk_bytes()
     }
 }
 

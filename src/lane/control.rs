@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use super::Lane;
-use super::config::OrderBy;
+use super::config::{Config, OrderBy};
 use super::delivery;
 use crate::event::Event;
 use crate::journal::Position;
@@ -18,11 +18,16 @@ const COMMANDS: usize = 16;
 /// What the rate of deliveries is counted over.
 const RATE_SECONDS: usize = 10;
 
+/// How long giving deliveries to a lane waits for others to go, and how often it looks.
+const ROOM_WAIT: Duration = Duration::from_secs(5);
+const ROOM_POLL: Duration = Duration::from_millis(50);
+
 /// A handle on a running lane. Clones reach the same one.
 #[derive(Clone)]
 pub struct Control {
     commands: mpsc::Sender<Command>,
     order_by: OrderBy,
+    max_parked: usize,
 }
 
 /// The lane has ended: the relay is stopping.
@@ -81,9 +86,9 @@ pub(super) enum Command {
     },
 }
 
-pub(super) fn channel(order_by: OrderBy) -> (Control, mpsc::Receiver<Command>) {
+pub(super) fn channel(config: &Config) -> (Control, mpsc::Receiver<Command>) {
     let (commands, receiver) = mpsc::channel(COMMANDS);
-    (Control { commands, order_by }, receiver)
+    (Control { commands, order_by: config.order_by, max_parked: config.max_parked }, receiver)
 }
 
 impl Control {
@@ -114,6 +119,20 @@ impl Control {
         let (answer, status) = oneshot::channel();
         self.send(Command::Status(answer)).await?;
         status.await.map_err(|_| Stopped)
+    }
+
+    /// Waits until half of what may be parked is free, so that what is given to the lane does not keep it from reading on;
+    /// for a few seconds at most.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`].
+    pub async fn has_room(&self) -> Result<(), Stopped> {
+        let deadline = Instant::now() + ROOM_WAIT;
+        while self.status().await?.parked > self.max_parked / 2 && Instant::now() < deadline {
+            tokio::time::sleep(ROOM_POLL).await;
+        }
+        Ok(())
     }
 
     /// Tries dead letters again, of whichever sink; each is given by its number and its event as it was stored. Durable

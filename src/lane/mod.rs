@@ -163,7 +163,7 @@ impl Lane {
     ) -> (Self, Control) {
         let Beginning { reader, ahead, parked } = beginning;
         let at = reader.position();
-        let (control, commands) = control::channel(config.order_by);
+        let (control, commands) = control::channel(&config);
         let order = Order::new();
         let mut parking = Parking::new(Instant::now());
         for (key, count) in parked {

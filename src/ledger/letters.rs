@@ -50,6 +50,7 @@ pub struct Letter {
     pub first_failed_at: Option<Millis>,
     pub died_at: Millis,
     pub key: Option<String>,
+    pub position: i64,
     pub record: Bytes,
 }
 
@@ -57,7 +58,7 @@ pub struct Letter {
 pub struct Letters(Connection);
 
 const COLUMNS: &str =
-    "id, lane, event_id, route, reason, error_kind, error, attempts, first_failed_at, died_at, key, record";
+    "id, lane, event_id, route, reason, error_kind, error, attempts, first_failed_at, died_at, key, position, record";
 
 impl Letters {
     /// Opens the ledger's file for reading.
@@ -156,6 +157,7 @@ fn letter(row: &Row<'_>) -> rusqlite::Result<Letter> {
         first_failed_at: row.get(8)?,
         died_at: row.get(9)?,
         key: row.get(10)?,
-        record: Bytes::from(row.get::<_, Vec<u8>>(11)?),
+        position: row.get(11)?,
+        record: Bytes::from(row.get::<_, Vec<u8>>(12)?),
     })
 }

@@ -1,13 +1,14 @@
 //! Why an event goes where it goes, for people.
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::Table;
 use super::condition::Values;
 use crate::event::Event;
 
 /// What became of one route.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Explanation {
     /// The route's name.
     pub route: String,
@@ -17,7 +18,7 @@ pub struct Explanation {
 }
 
 /// What became of a route.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Outcome {
     /// All its conditions hold.
@@ -41,7 +42,7 @@ pub enum Outcome {
 }
 
 /// A condition that does not hold.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Mismatch {
     /// The field or JSON pointer.
     pub field: String,

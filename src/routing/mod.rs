@@ -20,6 +20,7 @@ mod condition;
 mod explain;
 mod index;
 mod read;
+mod when;
 
 use crate::event::Event;
 
@@ -28,6 +29,7 @@ use index::Index;
 
 pub use explain::{Explanation, Mismatch, Outcome};
 pub use read::check_sink_name;
+pub use when::When;
 
 /// The reserved name under which events that no route matched are kept.
 pub const UNROUTED: &str = "unrouted";

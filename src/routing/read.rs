@@ -60,7 +60,7 @@ pub fn check_sink_name(name: &str) -> Result<(), String> {
 
 /// What has been seen so far.
 #[derive(Default)]
-struct Reader<'d> {
+pub(super) struct Reader<'d> {
     sinks: HashMap<&'d str, SinkId>,
     names: HashSet<String>,
     subjects: Vec<Subject>,
@@ -68,6 +68,11 @@ struct Reader<'d> {
 }
 
 impl Reader<'_> {
+    /// What the conditions look at.
+    pub(super) fn into_subjects(self) -> Vec<Subject> {
+        self.subjects
+    }
+
     fn route(&mut self, number: usize, mut section: Section<'_>) -> Route {
         let name = section.get("name").unwrap_or_else(|| format!("route-{number}"));
         if name.is_empty() {
@@ -114,7 +119,7 @@ impl Reader<'_> {
         to
     }
 
-    fn conditions(&mut self, when: &Section<'_>) -> Vec<Condition> {
+    pub(super) fn conditions(&mut self, when: &Section<'_>) -> Vec<Condition> {
         let condition = |(key, value): (Key<'_>, Value<'_>)| {
             let subject = self.subject(&key).map_err(|problem| when.problem_at(&key.place, problem));
             let (tests, written) = tests(value);

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::document::Section;
 use crate::event::Event;
@@ -209,7 +210,7 @@ impl DeliveryError {
 }
 
 /// What an attempt would send beside the event's body, in the order to show it in.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Preview {
     /// Where it goes: label and value, such as `url`, `topic`, `exchange`.
     pub target: Vec<(&'static str, String)>,

@@ -1,0 +1,43 @@
+//! Where an event would go.
+
+#![expect(unused_qualifications, reason = "in what the macros write")]
+
+use axum::body::Bytes;
+use axum::extract::State;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::Shared;
+use super::problem::{Failed, Json, Problem, Query};
+use crate::event;
+use crate::rules::Explained;
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Sender {
+    /// The name of the token that the sender used, for rules on `token`.
+    token: Option<String>,
+}
+
+/// Says which routes an event matches, which it doesn't and why, and what each sink would be sent. Takes what the ingress
+/// takes: an event, or an array of them. Nothing is sent or stored.
+#[utoipa::path(
+    post,
+    path = "/api/v1/explain",
+    params(Sender),
+    request_body(content = serde_json::Value, content_type = "application/json", description = "An event, or an array of them"),
+    responses(
+        (status = 200, body = [Explained], description = "One explanation for each event"),
+        Failed
+    )
+)]
+pub(super) async fn explain(
+    State(operated): State<Shared>,
+    Query(sender): Query<Sender>,
+    body: Bytes,
+) -> Result<Json<Vec<Explained>>, Problem> {
+    let token = sender.token.unwrap_or_else(|| "aivo".to_owned());
+    let events = event::sample(&body, &token).map_err(|error| Problem::bad_request(error.to_string()))?;
+    Ok(Json(events.iter().map(|event| operated.rules.explain(event)).collect()))
+}

@@ -1,0 +1,475 @@
+//! Dead letters: listing them, trying them again, discarding them.
+
+#![expect(unused_qualifications, reason = "in what the macros write")]
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use tokio::time::{Instant, sleep_until};
+use utoipa::{IntoParams, ToSchema};
+
+use super::problem::{Failed, Json, Path, Problem, Query};
+use super::{Operated, Shared, time};
+use crate::event::{Event, Field, rfc3339};
+use crate::journal::Position;
+use crate::ledger::{Filter, Letter, Millis};
+use crate::routing::{Scratch, UNROUTED};
+
+/// How many a list has, unless it is asked for more.
+const LIST_LIMIT: usize = 100;
+/// How many are replayed or discarded by one request, unless it asks for more.
+const BULK_LIMIT: usize = 1000;
+/// The most that a request can ask for.
+const MAX_LIMIT: usize = 10_000;
+/// How many are written together.
+const CHUNK: usize = 500;
+/// How often a rate lets some through.
+const PACE: Duration = Duration::from_millis(100);
+
+/// A delivery that will not be tried again.
+#[derive(Serialize, ToSchema)]
+pub(super) struct DeadLetter {
+    /// Its number.
+    id: i64,
+    sink: String,
+    event_id: String,
+    /// The route that led to the sink.
+    route: String,
+    /// `rejected`, `exhausted`, `expired`, `unrouted`, `sink_removed` or `unreadable`.
+    reason: String,
+    /// A short name of the last error.
+    error_kind: String,
+    /// The last error.
+    error: String,
+    /// How many attempts were made.
+    attempts: u32,
+    /// When the relay received the event.
+    #[schema(format = "date-time")]
+    received_at: Option<String>,
+    #[schema(format = "date-time")]
+    first_failed_at: Option<String>,
+    #[schema(format = "date-time")]
+    died_at: String,
+    /// The value that its order was kept by.
+    key: Option<String>,
+    sender_id: Option<String>,
+    campaign_id: Option<String>,
+    status: Option<String>,
+    message_id: Option<String>,
+    /// The event as it was received; only where one dead letter is shown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    body: Option<Box<RawValue>>,
+}
+
+/// A page of dead letters.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Page {
+    /// By number.
+    dead_letters: Vec<DeadLetter>,
+    /// Where the next page begins, for `after`; null on the last.
+    next: Option<i64>,
+}
+
+/// Which dead letters. What is not given does not matter.
+#[derive(Default, Deserialize, IntoParams, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+#[schema(default)]
+pub(super) struct Selection {
+    sink: Option<String>,
+    /// The event's status.
+    status: Option<String>,
+    reason: Option<String>,
+    error_kind: Option<String>,
+    /// Dead at or after this time.
+    #[serde(deserialize_with = "time::optional")]
+    #[schema(value_type = Option<String>, format = "date-time")]
+    #[param(value_type = Option<String>, format = "date-time")]
+    since: Option<Millis>,
+    /// Dead before this time.
+    #[serde(deserialize_with = "time::optional")]
+    #[schema(value_type = Option<String>, format = "date-time")]
+    #[param(value_type = Option<String>, format = "date-time")]
+    until: Option<Millis>,
+    /// The value that their order was kept by.
+    key: Option<String>,
+    event_id: Option<String>,
+    /// With a higher number.
+    after: Option<i64>,
+    /// With at most this number.
+    up_to: Option<i64>,
+    /// How many at most, up to 10,000. Lists have 100 without it, other requests 1,000.
+    #[schema(minimum = 1, maximum = 10_000)]
+    #[param(minimum = 1, maximum = 10_000)]
+    limit: Option<usize>,
+}
+
+/// Where to, and how fast.
+#[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Destination {
+    /// Another sink than they died at. Those of `unrouted` go where the rules now say, unless this says otherwise.
+    to: Option<String>,
+}
+
+/// What to replay.
+#[derive(Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Replay {
+    sink: Option<String>,
+    /// The event's status.
+    status: Option<String>,
+    reason: Option<String>,
+    error_kind: Option<String>,
+    /// Dead at or after this time.
+    #[serde(deserialize_with = "time::optional")]
+    #[schema(value_type = Option<String>, format = "date-time")]
+    since: Option<Millis>,
+    /// Dead before this time.
+    #[serde(deserialize_with = "time::optional")]
+    #[schema(value_type = Option<String>, format = "date-time")]
+    until: Option<Millis>,
+    /// The value that their order was kept by.
+    key: Option<String>,
+    event_id: Option<String>,
+    /// With a higher number.
+    after: Option<i64>,
+    /// With at most this number.
+    up_to: Option<i64>,
+    /// How many at most, up to 10,000; 1,000 without it.
+    #[schema(minimum = 1, maximum = 10_000)]
+    limit: Option<usize>,
+    /// Another sink than they died at. Those of `unrouted` go where the rules now say, unless this says otherwise.
+    to: Option<String>,
+    /// How many a second; the answer comes when the last was taken.
+    #[schema(exclusive_minimum = 0.0, maximum = 1_000_000.0)]
+    rate: Option<f64>,
+}
+
+/// What was done.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Done {
+    /// How many were given to their sinks, or discarded.
+    done: u64,
+    /// How many stay dead letters: no sink of the rules is theirs any more.
+    skipped: u64,
+    /// The highest number that was looked at; for `after` of the next request.
+    last: Option<i64>,
+    /// How many with higher numbers the filter still lets through.
+    remaining: u64,
+    /// For `up_to` of the next request, so that it does not meet letters that have died again.
+    up_to: i64,
+}
+
+/// Lists dead letters, by number. Pages are stable: what dies meanwhile comes last, and what is gone leaves no hole.
+#[utoipa::path(
+    get,
+    path = "/api/v1/dead-letters",
+    params(Selection),
+    responses((status = 200, body = Page), Failed)
+)]
+pub(super) async fn list(
+    State(operated): State<Shared>,
+    Query(selection): Query<Selection>,
+) -> Result<Json<Page>, Problem> {
+    let limit = limit(selection.limit, LIST_LIMIT)?;
+    let filter = selection.filter();
+    let mut letters = operated.letters(move |letters| letters.list(&filter, limit + 1)).await?;
+    let more = letters.len() > limit;
+    letters.truncate(limit);
+    let next = letters.last().map(|letter| letter.id).filter(|_| more);
+    Ok(Json(Page { dead_letters: letters.into_iter().map(|letter| DeadLetter::new(letter, false)).collect(), next }))
+}
+
+/// Shows a dead letter, with the whole event.
+#[utoipa::path(
+    get,
+    path = "/api/v1/dead-letters/{id}",
+    params(("id" = i64, Path, description = "The dead letter")),
+    responses((status = 200, body = DeadLetter), Failed)
+)]
+pub(super) async fn show(State(operated): State<Shared>, Path(id): Path<i64>) -> Result<Json<DeadLetter>, Problem> {
+    Ok(Json(DeadLetter::new(one(&operated, id).await?, true)))
+}
+
+/// Discards a dead letter, for good.
+#[utoipa::path(
+    delete,
+    path = "/api/v1/dead-letters/{id}",
+    params(("id" = i64, Path, description = "The dead letter")),
+    responses((status = 200, body = Done), Failed)
+)]
+pub(super) async fn discard(State(operated): State<Shared>, Path(id): Path<i64>) -> Result<Json<Done>, Problem> {
+    one(&operated, id).await?;
+    let done = operated.ledger.discard(vec![id]).await?;
+    Ok(Json(Done::one(id, done as u64)))
+}
+
+/// Tries a dead letter again.
+#[utoipa::path(
+    post,
+    path = "/api/v1/dead-letters/{id}/replay",
+    params(("id" = i64, Path, description = "The dead letter")),
+    request_body(content = Option<Destination>, content_type = "application/json"),
+    responses((status = 200, body = Done), Failed)
+)]
+pub(super) async fn replay(
+    State(operated): State<Shared>,
+    Path(id): Path<i64>,
+    destination: Option<Json<Destination>>,
+) -> Result<Json<Done>, Problem> {
+    let to = destination.and_then(|Json(destination)| destination.to);
+    let letter = one(&operated, id).await?;
+    let sink = letter.sink.clone();
+    let batch = Batch::new(&operated, vec![letter], to.as_deref())?;
+    if batch.skipped > 0 {
+        return Err(Problem::conflict(match &*sink {
+            UNROUTED => "no route matches the event; add one, or say to which sink it is to go".to_owned(),
+            sink => format!("the sink {sink:?} is no longer in the rules; say to which other it is to go"),
+        }));
+    }
+    batch.send(&operated).await?;
+    Ok(Json(Done::one(id, 1)))
+}
+
+/// Tries dead letters again, by filter. One request takes up to `limit` of them; to take all, repeat it with `after` and
+/// `up_to` of the answer until nothing is remaining. What dies again is a new dead letter, with a higher number.
+#[utoipa::path(
+    post,
+    path = "/api/v1/dead-letters/replay",
+    request_body(content = Replay, content_type = "application/json"),
+    responses((status = 200, body = Done), Failed)
+)]
+pub(super) async fn replay_all(
+    State(operated): State<Shared>,
+    Json(replay): Json<Replay>,
+) -> Result<Json<Done>, Problem> {
+    let (selection, to, rate) = replay.split();
+    let limit = limit(selection.limit, BULK_LIMIT)?;
+    if let Some(to) = &to {
+        operated.lane(to)?;
+    }
+    if rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
+        return Err(Problem::bad_request("`rate` is how many a second; it must be more than 0"));
+    }
+    let chunk = rate.map_or(CHUNK, |rate| ((rate * PACE.as_secs_f64()).ceil() as usize).clamp(1, CHUNK));
+    let mut rest = Rest::new(&operated, selection).await?;
+    let mut done = Done { done: 0, skipped: 0, last: None, remaining: 0, up_to: rest.up_to };
+    let mut turn = Instant::now();
+    while let letters = rest.next(&operated, chunk.min(limit - done.seen())).await?
+        && !letters.is_empty()
+    {
+        sleep_until(turn).await;
+        if let Some(rate) = rate {
+            turn = turn.max(Instant::now())
+                + Duration::try_from_secs_f64(letters.len() as f64 / rate).unwrap_or(Duration::MAX);
+        }
+        let count = letters.len() as u64;
+        let batch = Batch::new(&operated, letters, to.as_deref())?;
+        done.skipped += batch.skipped;
+        done.done += count - batch.skipped;
+        batch.send(&operated).await?;
+    }
+    (done.last, done.remaining) = rest.left(&operated).await?;
+    Ok(Json(done))
+}
+
+/// Discards dead letters, by filter, for good. One request takes up to `limit` of them.
+#[utoipa::path(
+    post,
+    path = "/api/v1/dead-letters/discard",
+    request_body(content = Selection, content_type = "application/json"),
+    responses((status = 200, body = Done), Failed)
+)]
+pub(super) async fn discard_all(
+    State(operated): State<Shared>,
+    Json(selection): Json<Selection>,
+) -> Result<Json<Done>, Problem> {
+    let limit = limit(selection.limit, BULK_LIMIT)?;
+    let mut rest = Rest::new(&operated, selection).await?;
+    let letters = rest.next(&operated, limit).await?;
+    let discarded = operated.ledger.discard(letters.iter().map(|letter| letter.id).collect()).await?;
+    let (last, remaining) = rest.left(&operated).await?;
+    Ok(Json(Done { done: discarded as u64, skipped: 0, last, remaining, up_to: rest.up_to }))
+}
+
+async fn one(operated: &Operated, id: i64) -> Result<Letter, Problem> {
+    let letter = operated.letters(move |letters| letters.get(id)).await?;
+    letter.ok_or_else(|| Problem::not_found(format!("there is no dead letter {id}; it may be replayed or discarded")))
+}
+
+fn limit(asked: Option<usize>, default: usize) -> Result<usize, Problem> {
+    let limit = asked.unwrap_or(default);
+    if (1..=MAX_LIMIT).contains(&limit) {
+        return Ok(limit);
+    }
+    Err(Problem::bad_request(format!("`limit` is {limit}; it must be from 1 to {MAX_LIMIT}")))
+}
+
+/// Dead letters, a few at a time, by number.
+struct Rest {
+    filter: Filter,
+    last: Option<i64>,
+    up_to: i64,
+}
+
+impl Rest {
+    async fn new(operated: &Operated, selection: Selection) -> Result<Self, Problem> {
+        let mut filter = selection.filter();
+        let up_to = match filter.up_to {
+            Some(up_to) => up_to,
+            None => {
+                let filter = filter.clone();
+                operated.letters(move |letters| letters.count(&filter)).await?.1
+            }
+        };
+        filter.up_to = Some(up_to);
+        Ok(Self { last: filter.after, filter, up_to })
+    }
+
+    async fn next(&mut self, operated: &Operated, limit: usize) -> Result<Vec<Letter>, Problem> {
+        self.filter.after = self.last;
+        let filter = self.filter.clone();
+        let found = match limit {
+            0 => Vec::new(),
+            limit => operated.letters(move |letters| letters.list(&filter, limit)).await?,
+        };
+        self.last = found.last().map(|letter| letter.id).or(self.last);
+        Ok(found)
+    }
+
+    /// The last that was looked at, and how many there are after it.
+    async fn left(&self, operated: &Operated) -> Result<(Option<i64>, u64), Problem> {
+        let filter = Filter { after: self.last, ..self.filter.clone() };
+        Ok((self.last, operated.letters(move |letters| letters.count(&filter)).await?.0))
+    }
+}
+
+/// Dead letters on their way to lanes.
+#[derive(Default)]
+struct Batch {
+    /// By sink: letters that end here, and events that are sent there besides.
+    lanes: HashMap<String, (Vec<(i64, bytes::Bytes)>, Vec<(Position, Event)>)>,
+    skipped: u64,
+}
+
+impl Batch {
+    fn new(operated: &Operated, letters: Vec<Letter>, to: Option<&str>) -> Result<Self, Problem> {
+        let (mut batch, mut scratch) = (Self::default(), Scratch::default());
+        if let Some(to) = to {
+            operated.lane(to)?;
+        }
+        for letter in letters {
+            let targets = match (to, &*letter.sink) {
+                (Some(to), _) => vec![to.to_owned()],
+                (None, UNROUTED) => routed(operated, &letter, &mut scratch),
+                (None, sink) => operated.lane(sink).map(|_| sink.to_owned()).into_iter().collect(),
+            };
+            let Some((last, others)) = targets.split_last() else {
+                batch.skipped += 1;
+                continue;
+            };
+            for other in others {
+                if let Ok(event) = Event::decode(letter.record.clone()) {
+                    let position = Position::from_stored(letter.position);
+                    batch.lanes.entry(other.clone()).or_default().1.push((position, event));
+                }
+            }
+            batch.lanes.entry(last.clone()).or_default().0.push((letter.id, letter.record));
+        }
+        Ok(batch)
+    }
+
+    /// Gives them to their lanes. A letter that goes to several sinks is gone when the last has it.
+    async fn send(self, operated: &Operated) -> Result<(), Problem> {
+        for (sink, (_, events)) in &self.lanes {
+            if !events.is_empty() {
+                operated.lane(sink)?.replay(events.clone()).await?;
+            }
+        }
+        for (sink, (letters, _)) in self.lanes {
+            if !letters.is_empty() {
+                let lane = operated.lane(&sink)?;
+                lane.has_room().await?;
+                lane.exhume(letters).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the rules now send an event that no route matched.
+fn routed(operated: &Operated, letter: &Letter, scratch: &mut Scratch) -> Vec<String> {
+    let Ok(event) = Event::decode(letter.record.clone()) else { return Vec::new() };
+    let table = &operated.rules.table;
+    let found = table.matches(&event, scratch).iter();
+    found.filter_map(|found| table.sinks().get(found.sink.0).cloned()).collect()
+}
+
+impl Selection {
+    fn filter(&self) -> Filter {
+        Filter {
+            sink: self.sink.clone(),
+            status: self.status.clone(),
+            reason: self.reason.clone(),
+            error_kind: self.error_kind.clone(),
+            since: self.since,
+            until: self.until,
+            key: self.key.clone(),
+            event_id: self.event_id.clone(),
+            after: self.after,
+            up_to: self.up_to,
+        }
+    }
+}
+
+impl Replay {
+    fn split(self) -> (Selection, Option<String>, Option<f64>) {
+        let Self { sink, status, reason, error_kind, since, until, key, event_id, after, up_to, limit, to, rate } =
+            self;
+        let selection =
+            Selection { sink, status, reason, error_kind, since, until, key, event_id, after, up_to, limit };
+        (selection, to, rate)
+    }
+}
+
+impl Done {
+    fn one(id: i64, done: u64) -> Self {
+        Self { done, skipped: 0, last: Some(id), remaining: 0, up_to: id }
+    }
+
+    fn seen(&self) -> usize {
+        usize::try_from(self.done + self.skipped).unwrap_or(usize::MAX)
+    }
+}
+
+impl DeadLetter {
+    fn new(letter: Letter, with_body: bool) -> Self {
+        let event = Event::decode(letter.record).ok();
+        let field = |field| event.as_ref().and_then(|event| event.field(field)).map(str::to_owned);
+        let body = event.as_ref().filter(|_| with_body).map(|event| event.body_str().to_owned());
+        Self {
+            id: letter.id,
+            sink: letter.sink,
+            event_id: letter.event_id,
+            route: letter.route,
+            reason: letter.reason,
+            error_kind: letter.error_kind,
+            error: letter.error,
+            attempts: letter.attempts,
+            received_at: event.as_ref().map(|event| rfc3339(event.received_at())),
+            first_failed_at: letter.first_failed_at.map(time::text),
+            died_at: time::text(letter.died_at),
+            key: letter.key,
+            sender_id: field(Field::SenderId),
+            campaign_id: field(Field::CampaignId),
+            status: field(Field::Status),
+            message_id: field(Field::MessageId),
+            body: body.and_then(|body| RawValue::from_string(body).ok()),
+        }
+    }
+}

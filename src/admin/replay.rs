@@ -1,0 +1,148 @@
+//! Sending events again that the journal still keeps.
+
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+use super::problem::{Failed, Json, Problem};
+use super::{Operated, Shared, time};
+use crate::event::Event;
+use crate::journal::{Position, ReadError, Start};
+use crate::ledger::{Millis, millis};
+use crate::routing::{Scratch, SinkId, When};
+
+/// How many events one request sends again, unless it asks for more, and the most that it can ask for.
+const LIMIT: usize = 1000;
+const MAX_LIMIT: usize = 10_000;
+/// How much of the journal one request reads, in bytes.
+const MAX_READ: u64 = 64 << 20;
+/// How much is read at once.
+const READ: u64 = 1 << 20;
+
+/// What to send again.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Replay {
+    /// To which sink. Only what the rules send there is sent again.
+    sink: String,
+    /// Received at or after this time.
+    #[serde(default, deserialize_with = "time::optional")]
+    #[schema(value_type = Option<String>, format = "date-time")]
+    since: Option<Millis>,
+    /// Received before this time.
+    #[serde(default, deserialize_with = "time::optional")]
+    #[schema(value_type = Option<String>, format = "date-time")]
+    until: Option<Millis>,
+    /// Only events for which this holds: conditions as in a route's `when`.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    when: Option<Map<String, Value>>,
+    /// The position to begin at; without it the oldest event that is kept.
+    #[schema(minimum = 0)]
+    from: Option<i64>,
+    /// The position to end before; without it the journal's end.
+    #[schema(minimum = 0)]
+    up_to: Option<i64>,
+    /// How many events at most, up to 10,000; 1,000 without it.
+    #[schema(minimum = 1, maximum = 10_000)]
+    limit: Option<usize>,
+}
+
+/// What was sent again.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Replayed {
+    /// How many events were given to the sink.
+    replayed: usize,
+    /// How many were looked at.
+    scanned: u64,
+    /// For `from` of the next request; null when all is done.
+    next: Option<i64>,
+    /// For `up_to` of the next request.
+    up_to: i64,
+}
+
+/// Sends retained events to a sink again, whether they were delivered or not. One request takes up to `limit` of them, and
+/// reads a part of the journal; to take all, repeat it with `from` and `up_to` of the answer until `next` is null.
+#[utoipa::path(
+    post,
+    path = "/api/v1/replay",
+    request_body(content = Replay, content_type = "application/json"),
+    responses((status = 200, body = Replayed), Failed)
+)]
+pub(super) async fn replay(
+    State(operated): State<Shared>,
+    Json(replay): Json<Replay>,
+) -> Result<Json<Replayed>, Problem> {
+    let lane = operated.lane(&replay.sink)?;
+    let limit = replay.limit.unwrap_or(LIMIT);
+    if !(1..=MAX_LIMIT).contains(&limit) {
+        return Err(Problem::bad_request(format!("`limit` is {limit}; it must be from 1 to {MAX_LIMIT}")));
+    }
+    let when = replay.when.as_ref().map(When::from_json).transpose().map_err(Problem::bad_request)?;
+    let end = operated.journal.end();
+    let up_to = replay.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));
+    let sink =
+        operated.rules.table.sink(&replay.sink).ok_or_else(|| Problem::internal("the sink is not in the rules"))?;
+    let search = Search { sink, since: replay.since, until: replay.until, when, up_to, limit };
+    lane.has_room().await?;
+    let start = replay.from.map_or(Start::Earliest, |from| Start::At(Position::from_stored(from)));
+    let shared = std::sync::Arc::clone(&operated);
+    let found = tokio::task::spawn_blocking(move || search.run(&shared, start)).await.map_err(Problem::internal)?;
+    let Found { events, scanned, next } = found.map_err(Problem::internal)?;
+    let replayed = events.len();
+    if replayed > 0 {
+        lane.replay(events).await?;
+    }
+    let next = (next < up_to).then(|| next.to_stored());
+    Ok(Json(Replayed { replayed, scanned, next, up_to: up_to.to_stored() }))
+}
+
+struct Search {
+    sink: SinkId,
+    since: Option<Millis>,
+    until: Option<Millis>,
+    when: Option<When>,
+    up_to: Position,
+    limit: usize,
+}
+
+struct Found {
+    events: Vec<(Position, Event)>,
+    scanned: u64,
+    next: Position,
+}
+
+impl Search {
+    /// Reads until there are enough. Blocks.
+    fn run(&self, operated: &Operated, start: Start) -> Result<Found, ReadError> {
+        let mut reader = operated.journal.reader(start);
+        let (begin, mut scratch, mut events) = (reader.position(), Scratch::default(), Vec::new());
+        let mut left = MAX_READ;
+        while left > 0 && events.len() < self.limit && reader.position() < self.up_to {
+            left = left.saturating_sub(READ);
+            reader.read(READ, |position, record| {
+                if position >= self.up_to {
+                    return false;
+                }
+                // What can't be read is a dead letter already.
+                if let Ok(event) = Event::decode(record)
+                    && self.wants(operated, &event, &mut scratch)
+                {
+                    events.push((position, event.detached()));
+                }
+                events.len() < self.limit
+            })?;
+        }
+        let next = reader.position();
+        Ok(Found { events, scanned: next.since(begin), next })
+    }
+
+    fn wants(&self, operated: &Operated, event: &Event, scratch: &mut Scratch) -> bool {
+        let received = millis(event.received_at());
+        self.since.is_none_or(|since| received >= since)
+            && self.until.is_none_or(|until| received < until)
+            && operated.rules.table.route_to(event, self.sink, scratch).is_some()
+            && self.when.as_ref().is_none_or(|when| when.holds(event))
+    }
+}

@@ -1,0 +1,228 @@
+//! What the relay and its sinks are doing; pausing a sink.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::SystemTime;
+
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::problem::{Failed, Json, Path, Problem};
+use super::{Operated, Shared, time};
+use crate::event::rfc3339;
+use crate::journal::Health;
+use crate::lane::{self, Control};
+
+/// The relay.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Status {
+    /// The program's version.
+    version: &'static str,
+    /// When it started.
+    #[schema(format = "date-time")]
+    started_at: String,
+    /// How long ago that was.
+    uptime_seconds: f64,
+    /// Whether events are accepted.
+    ready: bool,
+    /// Why not.
+    unready_because: Option<String>,
+    journal: JournalStatus,
+    sinks: Vec<SinkStatus>,
+    /// How many dead letters each sink has, also `unrouted` and sinks that are no longer in the rules.
+    dead_letters: BTreeMap<String, u64>,
+}
+
+/// The journal.
+#[derive(Serialize, ToSchema)]
+struct JournalStatus {
+    /// `serving`, `full` or `failed`.
+    state: &'static str,
+    /// What its files take.
+    disk_bytes: u64,
+    /// The position that the next event gets.
+    end: i64,
+}
+
+/// A sink.
+#[derive(Serialize, ToSchema)]
+pub(super) struct SinkStatus {
+    name: String,
+    /// As it stands in `routes.toml`.
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// No attempts are begun, because an operator said so. Lasts until `resume` or the end of the process.
+    paused: bool,
+    /// `closed`: deliveries are made. `open`: the sink has failed too often, and is only probed.
+    breaker: &'static str,
+    /// Events after the cursor; not all of them are this sink's.
+    lag_events: u64,
+    /// How old the oldest event is that was read and is neither delivered, parked nor dead.
+    lag_seconds: f64,
+    /// Attempts under way.
+    in_flight: usize,
+    /// Deliveries that wait for their next attempt.
+    parked: usize,
+    /// Deliveries that will not be tried again.
+    dead_letters: u64,
+    /// Deliveries since the start.
+    delivered: u64,
+    /// Failed attempts since the start.
+    attempts_failed: u64,
+    /// Deliveries per second, over the last ten seconds.
+    rate: f64,
+    /// The last attempt that failed.
+    last_error: Option<LastError>,
+}
+
+/// An attempt that failed.
+#[derive(Serialize, ToSchema)]
+struct LastError {
+    /// When.
+    #[schema(format = "date-time")]
+    at: String,
+    /// A short name.
+    kind: String,
+    /// For people.
+    text: String,
+}
+
+/// All sinks.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Sinks {
+    /// In the order of `routes.toml`.
+    sinks: Vec<SinkStatus>,
+}
+
+/// What the relay and all its sinks are doing.
+#[utoipa::path(
+    get,
+    path = "/api/v1/status",
+    responses((status = 200, body = Status), Failed)
+)]
+pub(super) async fn status(State(operated): State<Shared>) -> Result<Json<Status>, Problem> {
+    let dead_letters = dead_letters(&operated).await?;
+    let sinks = sinks(&operated, &dead_letters).await?;
+    let unready_because = (operated.unready)();
+    let state = match operated.journal.health() {
+        Health::Serving => "serving",
+        Health::Full(_) => "full",
+        Health::Failed(_) => "failed",
+    };
+    let (disk_bytes, end) = (operated.journal.disk_bytes(), operated.journal.end().to_stored());
+    let uptime = SystemTime::now().duration_since(operated.started).unwrap_or_default();
+    Ok(Json(Status {
+        version: env!("CARGO_PKG_VERSION"),
+        started_at: rfc3339(operated.started),
+        uptime_seconds: uptime.as_secs_f64(),
+        ready: unready_because.is_none(),
+        unready_because,
+        journal: JournalStatus { state, disk_bytes, end },
+        sinks,
+        dead_letters: dead_letters.into_iter().collect(),
+    }))
+}
+
+/// What all sinks are doing.
+#[utoipa::path(
+    get,
+    path = "/api/v1/sinks",
+    responses((status = 200, body = Sinks), Failed)
+)]
+pub(super) async fn list(State(operated): State<Shared>) -> Result<Json<Sinks>, Problem> {
+    let dead_letters = dead_letters(&operated).await?;
+    Ok(Json(Sinks { sinks: sinks(&operated, &dead_letters).await? }))
+}
+
+/// What one sink is doing.
+#[utoipa::path(
+    get,
+    path = "/api/v1/sinks/{name}",
+    params(("name" = String, Path, description = "The sink")),
+    responses((status = 200, body = SinkStatus), Failed)
+)]
+pub(super) async fn show(
+    State(operated): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<SinkStatus>, Problem> {
+    one(&operated, &name).await.map(Json)
+}
+
+/// Begins no more attempts for a sink; what is under way goes on, and events wait in the journal.
+#[utoipa::path(
+    post,
+    path = "/api/v1/sinks/{name}/pause",
+    params(("name" = String, Path, description = "The sink")),
+    responses((status = 200, body = SinkStatus), Failed)
+)]
+pub(super) async fn pause(
+    State(operated): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<SinkStatus>, Problem> {
+    operated.lane(&name)?.pause().await?;
+    one(&operated, &name).await.map(Json)
+}
+
+/// Goes on after a pause.
+#[utoipa::path(
+    post,
+    path = "/api/v1/sinks/{name}/resume",
+    params(("name" = String, Path, description = "The sink")),
+    responses((status = 200, body = SinkStatus), Failed)
+)]
+pub(super) async fn resume(
+    State(operated): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<SinkStatus>, Problem> {
+    operated.lane(&name)?.resume().await?;
+    one(&operated, &name).await.map(Json)
+}
+
+async fn one(operated: &Operated, name: &str) -> Result<SinkStatus, Problem> {
+    let control = operated.lane(name)?;
+    let dead_letters = dead_letters(operated).await?;
+    SinkStatus::of(operated, name, control, &dead_letters).await
+}
+
+async fn sinks(operated: &Operated, dead_letters: &HashMap<String, u64>) -> Result<Vec<SinkStatus>, Problem> {
+    let lanes = operated.lanes.iter();
+    let sinks = lanes.map(|(name, control)| SinkStatus::of(operated, name, control, dead_letters));
+    futures_util::future::join_all(sinks).await.into_iter().collect()
+}
+
+async fn dead_letters(operated: &Operated) -> Result<HashMap<String, u64>, Problem> {
+    operated.letters(|letters| letters.counts()).await
+}
+
+impl SinkStatus {
+    async fn of(
+        operated: &Operated,
+        name: &str,
+        control: &Control,
+        dead_letters: &HashMap<String, u64>,
+    ) -> Result<Self, Problem> {
+        let lane = control.status().await?;
+        let kind = operated.rules.sinks.iter().find(|sink| sink.name == name).map(|sink| sink.sink.type_name());
+        Ok(Self {
+            name: name.to_owned(),
+            kind: kind.unwrap_or_default(),
+            paused: lane.paused,
+            breaker: if lane.breaker_open { "open" } else { "closed" },
+            lag_events: lane.lag_events,
+            lag_seconds: lane.lag.as_secs_f64(),
+            in_flight: lane.in_flight,
+            parked: lane.parked,
+            dead_letters: dead_letters.get(name).copied().unwrap_or(0),
+            delivered: lane.delivered,
+            attempts_failed: lane.attempts_failed,
+            rate: lane.rate,
+            last_error: lane.last_error.map(LastError::from),
+        })
+    }
+}
+
+impl From<lane::LastError> for LastError {
+    fn from(error: lane::LastError) -> Self {
+        Self { at: time::text(error.at), kind: error.kind, text: error.text }
+    }
+}
