@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::extract::State;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokio::time::{Instant, sleep_until};
@@ -26,8 +27,10 @@ const BULK_LIMIT: usize = 1000;
 const MAX_LIMIT: usize = 10_000;
 /// How many are written together.
 const CHUNK: usize = 500;
-/// How often a rate lets some through.
-const PACE: Duration = Duration::from_millis(100);
+/// How often in a second a rate lets some through.
+const PACES: usize = 10;
+/// The highest rate that a request can ask for.
+const MAX_RATE: u32 = 1_000_000;
 
 /// A delivery that will not be tried again.
 #[derive(Serialize, ToSchema)]
@@ -146,8 +149,8 @@ pub(super) struct Replay {
     /// Another sink than they died at. Those of `unrouted` go where the rules now say, unless this says otherwise.
     to: Option<String>,
     /// How many a second; the answer comes when the last was taken.
-    #[schema(exclusive_minimum = 0.0, maximum = 1_000_000.0)]
-    rate: Option<f64>,
+    #[schema(minimum = 1, maximum = 1_000_000)]
+    rate: Option<u32>,
 }
 
 /// What was done.
@@ -253,10 +256,10 @@ pub(super) async fn replay_all(
     if let Some(to) = &to {
         operated.lane(to)?;
     }
-    if rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
-        return Err(Problem::bad_request("`rate` is how many a second; it must be more than 0"));
+    if rate.is_some_and(|rate| !(1..=MAX_RATE).contains(&rate)) {
+        return Err(Problem::bad_request(format!("`rate` is how many a second; it must be from 1 to {MAX_RATE}")));
     }
-    let chunk = rate.map_or(CHUNK, |rate| ((rate * PACE.as_secs_f64()).ceil() as usize).clamp(1, CHUNK));
+    let chunk = rate.map_or(CHUNK, |rate| (rate as usize / PACES).clamp(1, CHUNK));
     let mut rest = Rest::new(&operated, selection).await?;
     let mut done = Done { done: 0, skipped: 0, last: None, remaining: 0, up_to: rest.up_to };
     let mut turn = Instant::now();
@@ -265,8 +268,7 @@ pub(super) async fn replay_all(
     {
         sleep_until(turn).await;
         if let Some(rate) = rate {
-            turn = turn.max(Instant::now())
-                + Duration::try_from_secs_f64(letters.len() as f64 / rate).unwrap_or(Duration::MAX);
+            turn = turn.max(Instant::now()) + Duration::from_secs(letters.len() as u64) / rate;
         }
         let count = letters.len() as u64;
         let batch = Batch::new(&operated, letters, to.as_deref())?;
@@ -352,9 +354,16 @@ impl Rest {
 /// Dead letters on their way to lanes.
 #[derive(Default)]
 struct Batch {
-    /// By sink: letters that end here, and events that are sent there besides.
-    lanes: HashMap<String, (Vec<(i64, bytes::Bytes)>, Vec<(Position, Event)>)>,
+    /// By sink.
+    lanes: HashMap<String, Load>,
     skipped: u64,
+}
+
+/// What one lane gets: letters that end here, and events that go to other sinks as well.
+#[derive(Default)]
+struct Load {
+    letters: Vec<(i64, Bytes)>,
+    events: Vec<(Position, Event)>,
 }
 
 impl Batch {
@@ -376,22 +385,22 @@ impl Batch {
             for other in others {
                 if let Ok(event) = Event::decode(letter.record.clone()) {
                     let position = Position::from_stored(letter.position);
-                    batch.lanes.entry(other.clone()).or_default().1.push((position, event));
+                    batch.lanes.entry(other.clone()).or_default().events.push((position, event));
                 }
             }
-            batch.lanes.entry(last.clone()).or_default().0.push((letter.id, letter.record));
+            batch.lanes.entry(last.clone()).or_default().letters.push((letter.id, letter.record));
         }
         Ok(batch)
     }
 
     /// Gives them to their lanes. A letter that goes to several sinks is gone when the last has it.
     async fn send(self, operated: &Operated) -> Result<(), Problem> {
-        for (sink, (_, events)) in &self.lanes {
+        for (sink, Load { events, .. }) in &self.lanes {
             if !events.is_empty() {
                 operated.lane(sink)?.replay(events.clone()).await?;
             }
         }
-        for (sink, (letters, _)) in self.lanes {
+        for (sink, Load { letters, .. }) in self.lanes {
             if !letters.is_empty() {
                 let lane = operated.lane(&sink)?;
                 lane.has_room().await?;
@@ -428,7 +437,7 @@ impl Selection {
 }
 
 impl Replay {
-    fn split(self) -> (Selection, Option<String>, Option<f64>) {
+    fn split(self) -> (Selection, Option<String>, Option<u32>) {
         let Self { sink, status, reason, error_kind, since, until, key, event_id, after, up_to, limit, to, rate } =
             self;
         let selection =

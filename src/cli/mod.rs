@@ -1,9 +1,13 @@
 //! The commands. Each has a file; this one has the arguments and the exit status.
 
+mod api;
 mod check;
 mod explain;
+mod letters;
+mod replay;
 mod run;
 mod send;
+mod status;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -35,6 +39,10 @@ Examples:
   engage-relay check --routes new-routes.toml    say everything that is wrong with a file of rules
   engage-relay explain event.json                say where an event would go, and what each sink would be sent
   engage-relay send --count 1000 --rate 50       post sample events to a running relay
+  engage-relay status --watch                    what the relay and its sinks are doing
+  engage-relay dead-letters list --sink crm      what will not be tried again
+  engage-relay dead-letters replay --sink crm    try it again
+  engage-relay replay --sink crm --since 2h      send what was received in the last two hours again
 
 Every setting can be given as a variable too: RELAY_INGRESS__LISTEN=0.0.0.0:8080";
 
@@ -47,6 +55,12 @@ struct Global {
     /// The file with the rules; overrides the setting `routes` [default: routes.toml]
     #[arg(long, global = true, value_name = "FILE")]
     routes: Option<PathBuf>,
+    /// Where the running relay's admin side is [default: this machine, at the port of the settings]
+    #[arg(long, global = true, value_name = "URL")]
+    admin: Option<String>,
+    /// The token of the admin side [default: that of the settings]
+    #[arg(long, global = true, value_name = "TOKEN")]
+    admin_token: Option<String>,
     /// Print JSON instead of text for people
     #[arg(long, global = true)]
     json: bool,
@@ -62,6 +76,17 @@ enum Command {
     Explain(explain::Arguments),
     /// Post realistic sample events, for trials and load
     Send(send::Arguments),
+    /// Show what a running relay and its sinks are doing
+    Status(status::Arguments),
+    /// List deliveries that will not be tried again; try them again, or discard them
+    #[command(subcommand)]
+    DeadLetters(letters::Command),
+    /// Send events again that the journal still keeps
+    Replay(replay::Arguments),
+    /// Begin no more attempts for a sink; its events wait
+    Pause(status::Sink),
+    /// Go on after a pause
+    Resume(status::Sink),
 }
 
 /// Runs the command that the process was started with.
@@ -73,6 +98,11 @@ pub fn main() -> ExitCode {
         Some(Command::Check) => check::run(&arguments.global),
         Some(Command::Explain(explain)) => explain::run(&arguments.global, &explain),
         Some(Command::Send(send)) => send::run(&arguments.global, &send),
+        Some(Command::Status(status)) => status::run(&arguments.global, &status),
+        Some(Command::DeadLetters(command)) => letters::run(&arguments.global, &command),
+        Some(Command::Replay(replay)) => replay::run(&arguments.global, &replay),
+        Some(Command::Pause(sink)) => status::switch(&arguments.global, "pause", &sink),
+        Some(Command::Resume(sink)) => status::switch(&arguments.global, "resume", &sink),
     };
     match result {
         Ok(code) => code,
