@@ -8,6 +8,7 @@
 //! `sqlite3`.
 
 mod changes;
+pub mod check;
 mod letters;
 mod parked;
 mod schema;
@@ -254,6 +255,9 @@ pub enum LedgerError {
         /// Its version.
         version: i64,
     },
+    /// A file could not be moved to where it belongs.
+    #[error("files of the ledger can't be moved")]
+    Move(#[source] std::io::Error),
     /// No thread could be started.
     #[error("the ledger's thread can't be started")]
     Thread(#[source] std::io::Error),

@@ -110,7 +110,13 @@ impl Relay {
             Journal::open(&dir.join("journal"), &dir.join("quarantine"), &config.journal, needed, floor)?;
         findings.iter().for_each(report);
         let phase = watch::Sender::new(Phase::Running);
-        let mut beginnings = Beginnings { journal: &mut journal, ledger: &ledger, progress };
+        let knew_none = progress.is_empty();
+        if knew_none && journal.end() > journal.reader(Start::Earliest).position() {
+            error!(
+                "the ledger knows no sink, and the journal has events: every sink begins with the oldest that is kept"
+            );
+        }
+        let mut beginnings = Beginnings { journal: &mut journal, ledger: &ledger, progress, knew_none };
         let (mut lanes, mut controls, mut sinks) = (JoinSet::new(), Vec::new(), Vec::new());
         for sink_rules in &rules.sinks {
             let Some(id) = rules.table.sink(&sink_rules.name) else { continue };
@@ -139,6 +145,7 @@ impl Relay {
             journal: journal.view(),
             ledger: ledger.clone(),
             ledger_file,
+            ingress: ingress.counts(),
             unready: unready(&journal, shutdown.clone()),
             started: SystemTime::now(),
         };
@@ -215,14 +222,16 @@ struct Beginnings<'a> {
     ledger: &'a Ledger,
     /// What the ledger knows, less the lanes that have begun.
     progress: HashMap<String, Progress>,
+    /// It is a new ledger: a sink that has no cursor is then not a new sink, or there are no events yet.
+    knew_none: bool,
 }
 
 impl Beginnings<'_> {
     async fn of(&mut self, name: &str, start: StartAt) -> Result<Beginning, RunError> {
         let Some(Progress { cursor, ahead }) = self.progress.remove(name) else {
             let start = match start {
-                StartAt::End => Start::End,
-                StartAt::Earliest => Start::Earliest,
+                StartAt::End if !self.knew_none => Start::End,
+                StartAt::End | StartAt::Earliest => Start::Earliest,
             };
             let reader = self.journal.reader(start);
             // A new sink's beginning must be known before the first event comes in.
@@ -282,7 +291,7 @@ async fn failed(health: &mut watch::Receiver<Health>) -> String {
 }
 
 /// Makes the data directory and keeps other processes out of it for as long as the file is open.
-fn lock_data_dir(dir: &Path) -> Result<File, RunError> {
+pub(crate) fn lock_data_dir(dir: &Path) -> Result<File, RunError> {
     let error = |source| RunError::DataDir { dir: dir.to_owned(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(error)?;
     let lock = File::options().create(true).write(true).truncate(false).open(dir.join("lock")).map_err(error)?;

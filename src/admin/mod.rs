@@ -29,6 +29,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::ingress;
 use crate::journal;
 use crate::lane::Control;
 use crate::ledger::{Ledger, LedgerError, Letters};
@@ -76,6 +77,8 @@ pub struct Operated {
     pub rules: Rules,
     /// The lane of each sink, in the rules' order.
     pub lanes: Vec<(String, Control)>,
+    /// What the ingress counts.
+    pub ingress: ingress::Counts,
     /// The journal, to be read.
     pub journal: journal::View,
     /// The ledger, and its file.

@@ -86,7 +86,11 @@ pub(super) async fn replay(
         operated.rules.table.sink(&replay.sink).ok_or_else(|| Problem::internal("the sink is not in the rules"))?;
     let search = Search { sink, since: replay.since, until: replay.until, when, up_to, limit };
     lane.has_room().await?;
-    let start = replay.from.map_or(Start::Earliest, |from| Start::At(Position::from_stored(from)));
+    let start = match (replay.from, replay.since) {
+        (Some(from), _) => Start::At(Position::from_stored(from)),
+        (None, Some(since)) => Start::WrittenSince(time::system(since)),
+        (None, None) => Start::Earliest,
+    };
     let shared = std::sync::Arc::clone(&operated);
     let found = tokio::task::spawn_blocking(move || search.run(&shared, start)).await.map_err(Problem::internal)?;
     let Found { events, scanned, next } = found.map_err(Problem::internal)?;

@@ -27,10 +27,18 @@ pub(super) struct Status {
     ready: bool,
     /// Why not.
     unready_because: Option<String>,
+    ingress: IngressStatus,
     journal: JournalStatus,
     sinks: Vec<SinkStatus>,
     /// How many dead letters each sink has, also `unrouted` and sinks that are no longer in the rules.
     dead_letters: BTreeMap<String, u64>,
+}
+
+/// The ingress.
+#[derive(Serialize, ToSchema)]
+struct IngressStatus {
+    /// Events that were sent again within `ingress.dedup`, and not stored again.
+    resent: u64,
 }
 
 /// The journal.
@@ -117,6 +125,7 @@ pub(super) async fn status(State(operated): State<Shared>) -> Result<Json<Status
         uptime_seconds: uptime.as_secs_f64(),
         ready: unready_because.is_none(),
         unready_because,
+        ingress: IngressStatus { resent: operated.ingress.resent() },
         journal: JournalStatus { state, disk_bytes, end },
         sinks,
         dead_letters: dead_letters.into_iter().collect(),

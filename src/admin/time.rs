@@ -1,6 +1,6 @@
 //! Times as the API has them: RFC 3339.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer};
 
@@ -9,7 +9,12 @@ use crate::ledger::Millis;
 
 /// The time in RFC 3339.
 pub(super) fn text(time: Millis) -> String {
-    rfc3339(UNIX_EPOCH + Duration::from_millis(u64::try_from(time).unwrap_or(0)))
+    rfc3339(system(time))
+}
+
+/// The time as the system has it.
+pub(super) fn system(time: Millis) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(u64::try_from(time).unwrap_or(0))
 }
 
 /// Reads a time that may be missing.

@@ -3,6 +3,7 @@
 mod api;
 mod check;
 mod explain;
+mod fsck;
 mod letters;
 mod replay;
 mod run;
@@ -87,6 +88,8 @@ enum Command {
     Pause(status::Sink),
     /// Go on after a pause
     Resume(status::Sink),
+    /// Check what a stopped relay has on disk; exit status 1 if it is damaged
+    Fsck(fsck::Arguments),
 }
 
 /// Runs the command that the process was started with.
@@ -102,6 +105,7 @@ pub fn main() -> ExitCode {
         Some(Command::DeadLetters(command)) => letters::run(&arguments.global, &command),
         Some(Command::Replay(replay)) => replay::run(&arguments.global, &replay),
         Some(Command::Pause(sink)) => status::switch(&arguments.global, "pause", &sink),
+        Some(Command::Fsck(fsck)) => fsck::run(&arguments.global, &fsck),
         Some(Command::Resume(sink)) => status::switch(&arguments.global, "resume", &sink),
     };
     match result {

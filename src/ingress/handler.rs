@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::poll;
@@ -12,11 +12,13 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Versio
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body as _, Incoming};
 use serde_json::json;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::Config;
 use super::auth::Auth;
-use crate::event::{self, BodyError, EventId};
+use super::dedup::{Claim, Dedup};
+use crate::event::{self, BodyError, EventId, Parsed};
 use crate::journal::{Append, AppendError, Appender};
 
 /// What is written to an HTTP/1.1 connection whose request's headers have taken too long.
@@ -27,19 +29,23 @@ pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeou
 /// After a refusal this many times `max_body` are still read and thrown away, so that the sender gets to read the answer.
 const DRAIN: u64 = 16;
 
+/// How often a request looks whether an event of its own, which another request brings too, is stored.
+const CLAIM_POLL: Duration = Duration::from_millis(2);
+
 /// Answers requests on one core.
 pub(super) struct Handler {
     path: String,
     max_body: u64,
     body_timeout: Duration,
     auth: Arc<Auth>,
+    dedup: Option<Arc<Dedup>>,
     appender: Appender,
 }
 
 impl Handler {
-    pub(super) fn new(config: &Config, auth: Arc<Auth>, appender: Appender) -> Self {
+    pub(super) fn new(config: &Config, auth: Arc<Auth>, dedup: Option<Arc<Dedup>>, appender: Appender) -> Self {
         let max_body = config.max_body.as_u64();
-        Self { path: config.path.clone(), max_body, body_timeout: config.body_timeout, auth, appender }
+        Self { path: config.path.clone(), max_body, body_timeout: config.body_timeout, auth, dedup, appender }
     }
 
     pub(super) fn appender(&self) -> &Appender {
@@ -74,12 +80,15 @@ impl Handler {
                 return Err(refusal);
             }
         };
-        let (append, answer) = self.store(&content, token, &head.headers)?;
+        let (storing, answer) = match &self.dedup {
+            None => self.store(&content, token, &head.headers)?,
+            Some(dedup) => self.store_new(dedup, &content, token, &head.headers).await?,
+        };
         // The request's buffers are free for the next one, and its map of headers serves the answer.
         drop((content, body));
         let mut headers = head.headers;
         headers.clear();
-        append.await?;
+        storing.done().await?;
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let mut response = Response::new(Full::from(answer));
         *response.headers_mut() = headers;
@@ -97,19 +106,74 @@ impl Handler {
     }
 
     /// Hands the events of a body to the journal; returns the answer that is due when they are durable.
-    fn store(&self, content: &[u8], token: &str, headers: &HeaderMap) -> Result<(Append, String), Refusal> {
-        let received_at = SystemTime::now();
+    fn store(&self, content: &[u8], token: &str, headers: &HeaderMap) -> Result<(Storing, String), Refusal> {
         let events = event::parse(content)?;
+        let (append, answer) = self.append(events.iter().map(|event| (event, event.id(), true)), token, headers)?;
+        Ok((Storing::Appended(append), answer))
+    }
+
+    /// The same, but for events that were stored not long ago.
+    async fn store_new(
+        &self,
+        dedup: &Arc<Dedup>,
+        content: &[u8],
+        token: &str,
+        headers: &HeaderMap,
+    ) -> Result<(Storing, String), Refusal> {
+        let events = event::parse(content)?;
+        let mut ids: Vec<_> = events.iter().map(Parsed::id).collect();
+        let deadline = Instant::now() + self.body_timeout;
+        let claimed = loop {
+            match dedup.claim(&ids, Instant::now()) {
+                Claim::Store(claimed) => break claimed,
+                Claim::Wait if Instant::now() >= deadline => return Err(AppendError::Busy.into()),
+                Claim::Wait => tokio::time::sleep(CLAIM_POLL).await,
+            }
+        };
+        if !claimed.contains(&true) {
+            let quoted: Vec<_> = ids.iter().map(|id| format!("\"{id}\"")).collect();
+            return Ok((Storing::Stored, format!("{{\"ids\":[{}]}}", quoted.join(","))));
+        }
+        let with_claims = events.iter().zip(&ids).zip(&claimed).map(|((event, id), is_new)| (event, *id, *is_new));
+        let appended = self.append(with_claims, token, headers);
+        let mut is_new = claimed.into_iter();
+        ids.retain(|_| is_new.next().unwrap_or(false));
+        let (append, answer) = match appended {
+            Ok(appended) => appended,
+            Err(refusal) => {
+                dedup.settle(&ids, false);
+                return Err(refusal);
+            }
+        };
+        // A task of its own: the sender may go away, and what it sent is stored nevertheless.
+        let dedup = Arc::clone(dedup);
+        let task = tokio::spawn(async move {
+            let result = append.await;
+            dedup.settle(&ids, result.is_ok());
+            result
+        });
+        Ok((Storing::Claimed(task), answer))
+    }
+
+    /// Hands those of the events to the journal for which it is asked; the answer names all of them.
+    fn append<'e, 'b: 'e>(
+        &self,
+        events: impl Iterator<Item = (&'e Parsed<'b>, EventId, bool)>,
+        token: &str,
+        headers: &HeaderMap,
+    ) -> Result<(Append, String), Refusal> {
+        let received_at = SystemTime::now();
         let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
-        let mut answer = String::with_capacity(r#"{"ids":[]}"#.len() + events.len() * (EventId::LEN + 3));
+        let mut answer = String::with_capacity(r#"{"ids":[]}"#.len() + events.size_hint().0 * (EventId::LEN + 3));
         answer.push_str(r#"{"ids":["#);
         let append = self.appender.append(|entries| {
-            for (index, event) in events.iter().enumerate() {
-                let id = event.id();
+            for (index, (event, id, is_wanted)) in events.enumerate() {
                 answer.push_str(if index == 0 { "\"" } else { ",\"" });
                 id.write_to(&mut answer);
                 answer.push('"');
-                entries.entry(|out| event.encode(id, received_at, token, traceparent, out));
+                if is_wanted {
+                    entries.entry(|out| event.encode(id, received_at, token, traceparent, out));
+                }
             }
         })?;
         answer.push_str("]}");
@@ -148,6 +212,25 @@ impl Handler {
                 read += frame.data_ref().map_or(0, |data| data.len() as u64);
             }
         }));
+    }
+}
+
+/// Events on their way to the disk.
+enum Storing {
+    Appended(Append),
+    /// Whoever sends them again has to know what comes of it.
+    Claimed(JoinHandle<Result<(), AppendError>>),
+    /// All of them were stored before.
+    Stored,
+}
+
+impl Storing {
+    async fn done(self) -> Result<(), AppendError> {
+        match self {
+            Self::Appended(append) => append.await,
+            Self::Claimed(task) => task.await.unwrap_or(Err(AppendError::Closed)),
+            Self::Stored => Ok(()),
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod auth;
 mod connection;
+mod dedup;
 mod handler;
 
 use std::io;
@@ -17,7 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
 use serde::Deserialize;
@@ -27,8 +28,9 @@ use tracing::warn;
 
 pub use auth::{Auth, AuthConfig, AuthError, TokenConfig, generated_token_path};
 
-use crate::journal::{Appender, Journal};
+use crate::journal::{Appender, Journal, Start};
 use connection::Limits;
+use dedup::Dedup;
 use handler::Handler;
 
 /// How many accepted connections may wait for a core to take them.
@@ -59,6 +61,9 @@ pub struct Config {
     /// How long a connection may stay without a request.
     #[serde(with = "humantime_serde")]
     pub idle_timeout: Duration,
+    /// An event that is sent again within this time is answered, and not stored again.
+    #[serde(with = "humantime_serde")]
+    pub dedup: Option<Duration>,
     /// Who may send.
     pub auth: AuthConfig,
     /// TLS for the listener.
@@ -87,6 +92,7 @@ impl Default for Config {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(75),
+            dedup: None,
             auth: AuthConfig::default(),
             tls: None,
         }
@@ -106,6 +112,7 @@ impl Config {
             ("header_timeout", self.header_timeout),
             ("body_timeout", self.body_timeout),
             ("idle_timeout", self.idle_timeout),
+            ("dedup", self.dedup.unwrap_or(Duration::MAX)),
         ];
         if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
             return Some(format!("ingress.{name} is 0; give a time such as \"10s\""));
@@ -122,6 +129,18 @@ pub struct Ingress {
     cores: Vec<Core>,
     permits: Arc<Semaphore>,
     stop: watch::Sender<bool>,
+    counts: Counts,
+}
+
+/// What the ingress counts. Clones count the same.
+#[derive(Clone)]
+pub struct Counts(Option<Arc<Dedup>>);
+
+impl Counts {
+    /// How many events were not stored because they had been a short while before.
+    pub fn resent(&self) -> u64 {
+        self.0.as_ref().map_or(0, |dedup| dedup.resent())
+    }
 }
 
 struct Core {
@@ -154,7 +173,7 @@ impl Drop for Load {
 }
 
 impl Ingress {
-    /// Starts a thread per core.
+    /// Starts a thread per core. Reads what the journal has of the `dedup` window, if there is one; that blocks.
     ///
     /// # Errors
     ///
@@ -162,12 +181,18 @@ impl Ingress {
     pub fn start(config: &Config, auth: Auth, journal: &Journal, cores: usize) -> io::Result<Self> {
         let stop = watch::Sender::new(false);
         let auth = Arc::new(auth);
+        let dedup = config.dedup.map(|window| Arc::new(recall(window, journal)));
         let start_core = |index| {
-            let handler = Handler::new(config, Arc::clone(&auth), journal.appender());
+            let handler = Handler::new(config, Arc::clone(&auth), dedup.clone(), journal.appender());
             Core::start(index, handler, Limits::new(config), stop.subscribe())
         };
         let cores = (0..cores.max(1)).map(start_core).collect::<io::Result<_>>()?;
-        Ok(Self { cores, permits: Arc::new(Semaphore::new(config.max_connections)), stop })
+        Ok(Self { cores, permits: Arc::new(Semaphore::new(config.max_connections)), stop, counts: Counts(dedup) })
+    }
+
+    /// What it counts.
+    pub fn counts(&self) -> Counts {
+        self.counts.clone()
     }
 
     /// Accepts connections until dropped. Runs for ever.
@@ -209,6 +234,16 @@ impl Ingress {
         // A panic in there has been reported by its thread.
         drop(joined.await);
     }
+}
+
+/// The events of the window that the journal has.
+fn recall(window: Duration, journal: &Journal) -> Dedup {
+    let dedup = Dedup::new(window);
+    let since = SystemTime::now().checked_sub(window).unwrap_or(SystemTime::UNIX_EPOCH);
+    if let Err(error) = dedup.recall(journal.reader(Start::WrittenSince(since))) {
+        warn!(%error, "not all of the journal could be read; some resent events will be stored again");
+    }
+    dedup
 }
 
 impl Core {

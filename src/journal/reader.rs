@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -18,6 +19,8 @@ pub enum Start {
     At(Position),
     /// At the oldest entry that is kept.
     Earliest,
+    /// At the oldest entry of the first segment that was written to since then: before the first entry of that time.
+    WrittenSince(SystemTime),
     /// After the last entry.
     End,
 }
@@ -46,6 +49,10 @@ impl Reader {
         let next = match start {
             Start::At(position) => position.clamp(oldest, end.max(oldest)),
             Start::Earliest => oldest,
+            Start::WrittenSince(time) => {
+                let written = segments.list.iter().find(|segment| segment.sealed.is_none_or(|sealed| sealed >= time));
+                written.map_or(end, |segment| Position(segment.first))
+            }
             Start::End => end,
         };
         if let Start::At(asked) = start

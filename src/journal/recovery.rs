@@ -120,6 +120,11 @@ impl Inspection {
         &self.findings
     }
 
+    /// The position of the oldest entry.
+    pub fn oldest(&self) -> Position {
+        Position(self.segments.first().map_or(0, |segment| segment.header.first))
+    }
+
     /// The position after the last entry.
     pub fn end(&self) -> Position {
         Position(self.segments.last().map_or(0, |segment| segment.next_seq))

@@ -1,0 +1,178 @@
+//! `engage-relay fsck`: damage to what a stopped relay has on disk.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use serde_json::{Value, json};
+
+use super::{Global, print};
+use crate::event::Event;
+use crate::journal::Position;
+use crate::journal::recovery::{Finding, Inspection, Kind};
+use crate::ledger::check::{self, Report};
+use crate::relay::lock_data_dir;
+
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// The relay's data directory [default: that of the settings]
+    data_dir: Option<PathBuf>,
+    /// Repair what is damaged; what can't be read goes to the folder quarantine
+    #[arg(long)]
+    repair: bool,
+}
+
+/// What was found on disk.
+struct Found {
+    journal: Inspection,
+    ledger: Report,
+    /// Where journal and ledger do not agree.
+    disagreements: Vec<String>,
+}
+
+pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let dir = match &arguments.data_dir {
+        Some(dir) => dir.clone(),
+        None => global.settings()?.0.data_dir,
+    };
+    if !dir.join("journal").is_dir() {
+        bail!("{} is not the data directory of a relay: it has no journal", dir.display());
+    }
+    let _lock = lock_data_dir(&dir)?;
+    let (mut found, mut done) = (Found::look(&dir)?, Vec::new());
+    if arguments.repair && !found.is_clean() {
+        done = found.repair(&dir)?;
+        found = Found::look(&dir)?;
+    }
+    let clean = found.is_clean();
+    print(&match global.json {
+        true => format!("{}\n", found.json(clean, &done)),
+        false => found.text(clean, &done, arguments.repair)?,
+    })?;
+    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn is_damage(finding: &&Finding) -> bool {
+    finding.kind != Kind::Foreign
+}
+
+impl Found {
+    fn look(dir: &Path) -> anyhow::Result<Self> {
+        let file = dir.join("ledger.sqlite");
+        let ledger = match file.exists() {
+            true => check::check(&file, |record| Event::decode(record).is_ok()),
+            false => Report { problems: vec!["ledger.sqlite is missing".to_owned()], ..Report::default() },
+        };
+        let mut journal = Inspection::new(&dir.join("journal"), Position::ZERO).context("can't read the journal")?;
+        let furthest = ledger.cursors.iter().map(|(_, cursor)| *cursor).max();
+        // What is missing at the end is a finding then, unless there is no journal at all.
+        journal.expect_end(furthest.unwrap_or(Position::ZERO));
+        let (oldest, end) = (journal.oldest(), journal.end());
+        let disagreement = |(lane, cursor): &(String, Position)| match cursor {
+            cursor if *cursor < oldest => {
+                Some(format!("{lane} has not read {} events that are no longer there", oldest.since(*cursor)))
+            }
+            cursor if *cursor > end => {
+                Some(format!("{lane} has read {} events more than there are", cursor.since(end)))
+            }
+            _ => None,
+        };
+        let disagreements = ledger.cursors.iter().filter_map(disagreement).collect();
+        Ok(Self { journal, ledger, disagreements })
+    }
+
+    fn is_clean(&self) -> bool {
+        let undamaged = !self.journal.findings().iter().any(|finding| is_damage(&finding));
+        undamaged && self.ledger.problems.is_empty() && self.disagreements.is_empty()
+    }
+
+    /// Repairs; what was done, in sentences.
+    fn repair(&self, dir: &Path) -> anyhow::Result<Vec<String>> {
+        let (quarantine, file) = (dir.join("quarantine"), dir.join("ledger.sqlite"));
+        let mut done = Vec::new();
+        if self.journal.needs_repair() {
+            let findings = self.journal.findings().iter().filter(is_damage).count();
+            self.journal.repair(&quarantine).context("can't repair the journal")?;
+            done.push(format!("journal: {findings} repaired; what was damaged is in {}", quarantine.display()));
+        }
+        if !self.ledger.problems.is_empty() {
+            let saved = check::salvage(&file, &quarantine)?;
+            let cursors = match saved.cursors {
+                true => "all cursors",
+                false => "no cursors (every sink begins again at the oldest event that is kept)",
+            };
+            done.push(format!(
+                "ledger: made anew with {cursors}, {} parked deliveries and {} dead letters; the old one is {}",
+                saved.parked,
+                saved.dead_letters,
+                saved.aside.display()
+            ));
+        }
+        let oldest = Inspection::new(&dir.join("journal"), Position::ZERO)?.oldest();
+        check::raise_cursors(&file, oldest)?;
+        Ok(done)
+    }
+
+    fn json(&self, clean: bool, done: &[String]) -> Value {
+        let finding = |finding: &Finding| {
+            json!({
+                "kind": finding.kind.as_str(),
+                "file": finding.file,
+                "offset": finding.offset,
+                "bytes": finding.bytes,
+                "lost_from": finding.lost.map(|(from, _)| from.to_stored()),
+                "lost_events": finding.lost.map_or(0, |(from, to)| to.since(from)),
+            })
+        };
+        let cursors = self.ledger.cursors.iter().map(|(lane, cursor)| (lane.clone(), json!(cursor.to_stored())));
+        json!({
+            "ok": clean,
+            "repaired": done,
+            "journal": {
+                "oldest": self.journal.oldest().to_stored(),
+                "end": self.journal.end().to_stored(),
+                "findings": self.journal.findings().iter().map(finding).collect::<Vec<_>>(),
+            },
+            "ledger": {
+                "cursors": cursors.collect::<serde_json::Map<_, _>>(),
+                "parked": self.ledger.parked,
+                "dead_letters": self.ledger.dead_letters,
+                "problems": self.ledger.problems,
+            },
+            "disagreements": self.disagreements,
+        })
+    }
+
+    fn text(&self, clean: bool, done: &[String], repaired: bool) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        for line in done {
+            writeln!(text, "repaired: {line}")?;
+        }
+        let (oldest, end) = (self.journal.oldest(), self.journal.end());
+        writeln!(text, "journal: {} events, up to position {}", end.since(oldest), end.to_stored())?;
+        for Finding { kind, file, offset, bytes, lost } in self.journal.findings() {
+            let (kind, file) = (kind.as_str(), file.display());
+            let lost = lost.map_or_else(String::new, |(from, to)| {
+                format!(": {} events are lost, from position {}", to.since(from), from.to_stored())
+            });
+            writeln!(text, "  {kind}: {file}, {bytes} bytes at {offset}{lost}")?;
+        }
+        let ledger = &self.ledger;
+        let (sinks, parked, dead) = (ledger.cursors.len(), ledger.parked, ledger.dead_letters);
+        writeln!(text, "ledger: {sinks} sinks, {parked} parked deliveries, {dead} dead letters")?;
+        for problem in ledger.problems.iter().chain(&self.disagreements) {
+            writeln!(text, "  {problem}")?;
+        }
+        writeln!(
+            text,
+            "{}",
+            match (clean, repaired) {
+                (true, _) => "ok",
+                (false, false) => "damaged; `--repair` mends what can be mended",
+                (false, true) => "damaged, and not all of it could be mended",
+            }
+        )?;
+        Ok(text)
+    }
+}
