@@ -5,7 +5,9 @@
 use axum::body::Bytes;
 use axum::extract::State;
 use serde::Deserialize;
-use utoipa::IntoParams;
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{AdditionalProperties, ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema};
+use utoipa::{IntoParams, PartialSchema, ToSchema};
 
 use super::Shared;
 use super::problem::{Failed, Json, Problem, Query};
@@ -20,13 +22,26 @@ pub(super) struct Sender {
     token: Option<String>,
 }
 
+/// What the ingress takes, for the document: an event, or an array of them.
+struct Events;
+
+impl PartialSchema for Events {
+    fn schema() -> RefOr<Schema> {
+        let event = ObjectBuilder::new().additional_properties(Some(AdditionalProperties::FreeForm(true))).build();
+        let several = ArrayBuilder::new().items(event.clone()).min_items(Some(1));
+        OneOfBuilder::new().item(event).item(several).into()
+    }
+}
+
+impl ToSchema for Events {}
+
 /// Says which routes an event matches, which it doesn't and why, and what each sink would be sent. Takes what the ingress
 /// takes: an event, or an array of them. Nothing is sent or stored.
 #[utoipa::path(
     post,
     path = "/api/v1/explain",
     params(Sender),
-    request_body(content = serde_json::Value, content_type = "application/json", description = "An event, or an array of them"),
+    request_body(content = Events, content_type = "application/json"),
     responses(
         (status = 200, body = [Explained], description = "One explanation for each event"),
         Failed

@@ -70,7 +70,7 @@ pub(super) struct DeadLetter {
 
 /// A page of dead letters.
 #[derive(Serialize, ToSchema)]
-pub(super) struct Page {
+pub(super) struct DeadLetters {
     /// By number.
     dead_letters: Vec<DeadLetter>,
     /// Where the next page begins, for `after`; null on the last.
@@ -114,7 +114,7 @@ pub(super) struct Selection {
 /// Where to, and how fast.
 #[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct Destination {
+pub(super) struct ReplayTo {
     /// Another sink than they died at. Those of `unrouted` go where the rules now say, unless this says otherwise.
     to: Option<String>,
 }
@@ -122,7 +122,7 @@ pub(super) struct Destination {
 /// What to replay.
 #[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct Replay {
+pub(super) struct ReplayLetters {
     sink: Option<String>,
     /// The event's status.
     status: Option<String>,
@@ -173,19 +173,22 @@ pub(super) struct Done {
     get,
     path = "/api/v1/dead-letters",
     params(Selection),
-    responses((status = 200, body = Page), Failed)
+    responses((status = 200, body = DeadLetters), Failed)
 )]
 pub(super) async fn list(
     State(operated): State<Shared>,
     Query(selection): Query<Selection>,
-) -> Result<Json<Page>, Problem> {
+) -> Result<Json<DeadLetters>, Problem> {
     let limit = limit(selection.limit, LIST_LIMIT)?;
     let filter = selection.filter();
     let mut letters = operated.letters(move |letters| letters.list(&filter, limit + 1)).await?;
     let more = letters.len() > limit;
     letters.truncate(limit);
     let next = letters.last().map(|letter| letter.id).filter(|_| more);
-    Ok(Json(Page { dead_letters: letters.into_iter().map(|letter| DeadLetter::new(letter, false)).collect(), next }))
+    Ok(Json(DeadLetters {
+        dead_letters: letters.into_iter().map(|letter| DeadLetter::new(letter, false)).collect(),
+        next,
+    }))
 }
 
 /// Shows a dead letter, with the whole event.
@@ -217,13 +220,13 @@ pub(super) async fn discard(State(operated): State<Shared>, Path(id): Path<i64>)
     post,
     path = "/api/v1/dead-letters/{id}/replay",
     params(("id" = i64, Path, description = "The dead letter")),
-    request_body(content = Option<Destination>, content_type = "application/json"),
+    request_body(content = Option<ReplayTo>, content_type = "application/json"),
     responses((status = 200, body = Done), Failed)
 )]
 pub(super) async fn replay(
     State(operated): State<Shared>,
     Path(id): Path<i64>,
-    destination: Option<Json<Destination>>,
+    destination: Option<Json<ReplayTo>>,
 ) -> Result<Json<Done>, Problem> {
     let to = destination.and_then(|Json(destination)| destination.to);
     let letter = one(&operated, id).await?;
@@ -244,12 +247,12 @@ pub(super) async fn replay(
 #[utoipa::path(
     post,
     path = "/api/v1/dead-letters/replay",
-    request_body(content = Replay, content_type = "application/json"),
+    request_body(content = ReplayLetters, content_type = "application/json"),
     responses((status = 200, body = Done), Failed)
 )]
 pub(super) async fn replay_all(
     State(operated): State<Shared>,
-    Json(replay): Json<Replay>,
+    Json(replay): Json<ReplayLetters>,
 ) -> Result<Json<Done>, Problem> {
     let (selection, to, rate) = replay.split();
     let limit = limit(selection.limit, BULK_LIMIT)?;
@@ -436,7 +439,7 @@ impl Selection {
     }
 }
 
-impl Replay {
+impl ReplayLetters {
     fn split(self) -> (Selection, Option<String>, Option<u32>) {
         let Self { sink, status, reason, error_kind, since, until, key, event_id, after, up_to, limit, to, rate } =
             self;

@@ -117,6 +117,7 @@ impl Operated {
         description = "Operates a running relay. Times are RFC 3339. With a token configured, send `authorization: Bearer …`.",
         license(name = "MIT OR Apache-2.0")
     ),
+    components(schemas(Problem)),
     modifiers(&Bearer),
     security((), ("token" = []))
 )]

@@ -9,6 +9,7 @@ use axum::http::header::{CONTENT_TYPE, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 use utoipa::{IntoResponses, ToSchema};
 
 use crate::lane::Stopped;
@@ -111,17 +112,38 @@ impl From<PathRejection> for Problem {
     }
 }
 
-/// A JSON body.
-#[derive(FromRequest)]
-#[from_request(via(axum::Json), rejection(Problem))]
+/// A JSON object, as the body of a request or an answer.
 pub(super) struct Json<T>(pub(super) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let axum::Json(object) = <axum::Json<Map<_, _>> as FromRequest<S>>::from_request(request, state).await?;
+        object_into(object).map(Self)
+    }
+}
 
 impl<T: DeserializeOwned, S: Send + Sync> OptionalFromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Option<Self>, Problem> {
-        let json = <axum::Json<T> as OptionalFromRequest<S>>::from_request(request, state).await?;
-        Ok(json.map(|axum::Json(value)| Self(value)))
+        let object = <axum::Json<Option<Map<_, _>>> as OptionalFromRequest<S>>::from_request(request, state).await?;
+        object.and_then(|axum::Json(object)| object).map(|object| object_into(object).map(Self)).transpose()
+    }
+}
+
+fn object_into<T: DeserializeOwned>(mut object: Map<String, Value>) -> Result<T, Problem> {
+    object.values_mut().for_each(whole_numbers);
+    T::deserialize(Value::Object(object)).map_err(|error| Problem::bad_request(error.to_string()))
+}
+
+/// To JSON `10.0` is the same number as `10`.
+fn whole_numbers(value: &mut Value) {
+    #[expect(clippy::cast_possible_truncation, reason = "the range is looked at first")]
+    if let Some(number) = value.as_f64().filter(|number| value.is_f64() && number.fract() == 0.0 && number.abs() < 9e15)
+    {
+        *value = Value::from(number as i64);
     }
 }
 
