@@ -4,7 +4,7 @@
 //! ```text
 //!             ┌─ ingress ─┐      ┌─ journal ─┐      ┌─ lane: one per sink ─────────────────┐
 //!  webhook ─▶ │ auth, cap │ ───▶ │ append,   │ ───▶ │ read on from cursor ▸ route? ▸ order │ ─▶ sink ─▶ Kafka,
-//!             │ parse     │ ◀─── │ group     │      │   └ failed: wait, try again          │    RabbitMQ, HTTP,
+//!             │ parse     │ ◀─── │ group     │      │   └ failed: park in ledger, retry    │    RabbitMQ, HTTP,
 //!    200 ◀─── └───────────┘ ack  │ fsync     │      │   └ hopeless: dead letter ─▶ ledger  │    stdout
 //!                                └───────────┘      └──────────────────────────────────────┘
 //! ```

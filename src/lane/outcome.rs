@@ -1,0 +1,128 @@
+//! What an attempt's end means for its delivery, for those of its key, and for the sink.
+
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+
+use super::breaker::Change as Breaking;
+use super::delivery::{Delivery, Place};
+use super::retry::Next;
+use super::{Ended, Lane};
+use crate::ledger::{self, Change, Millis, Reason};
+use crate::sink::{DeliveryError, Verdict};
+
+impl Lane {
+    /// Takes an attempt's end.
+    pub(super) fn finish(&mut self, Ended { mut delivery, result }: Ended) {
+        let now = Instant::now();
+        let change = match result {
+            Ok(()) => {
+                self.counts.delivered(now);
+                self.settle_delivery(&delivery);
+                self.breaker.succeeded()
+            }
+            Err(error) => {
+                let time = ledger::now();
+                delivery.failed(time);
+                self.counts.failed(time, &error);
+                match error.verdict {
+                    Verdict::Retry { after } => {
+                        self.warn_failed(now, &delivery, &error);
+                        self.retry(delivery, time, &error, after);
+                        if error.is_of_event() { self.breaker.succeeded() } else { self.breaker.failed(now) }
+                    }
+                    Verdict::Gone => {
+                        error!(sink = %self.name, error = %error.text, "the sink wants no more events; it is only probed until it does");
+                        self.retry(delivery, time, &error, None);
+                        self.breaker.gone(now)
+                    }
+                    Verdict::Reject => {
+                        self.bury(&delivery, Reason::Rejected, &error);
+                        self.breaker.succeeded()
+                    }
+                }
+            }
+        };
+        match change {
+            Breaking::Opened => {
+                warn!(sink = %self.name, "sink is failing; it is only probed until it is back");
+            }
+            Breaking::Closed => {
+                info!(sink = %self.name, "sink is back");
+                // What failed meanwhile need not wait any longer.
+                if let Some(since) = self.failing_since {
+                    self.changes.push(Change::Hasten { since, due_at: ledger::now() });
+                    self.unwritten = true;
+                }
+            }
+            Breaking::None => {}
+        }
+        if self.breaker.is_untroubled() {
+            (self.failing_since, self.failing_parked) = (None, 0);
+        }
+    }
+
+    fn warn_failed(&mut self, now: Instant, delivery: &Delivery, error: &DeliveryError) {
+        if let Some(suppressed) = self.warnings.admit(now) {
+            warn!(sink = %self.name, event_id = %delivery.event.id(), attempt = delivery.failures, kind = %error.kind, error = %error.text, suppressed, "attempt failed");
+        }
+    }
+
+    /// Parks a delivery until its next attempt, and those of its key with it; or buries it if there is none.
+    fn retry(&mut self, delivery: Delivery, now: Millis, error: &DeliveryError, asked: Option<Duration>) {
+        let next = self.config.retry.next(delivery.failures, delivery.age(now), rand::random(), asked);
+        let wait = match next {
+            Next::After(wait) => Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX),
+            Next::Exhausted => return self.bury(&delivery, Reason::Exhausted, error),
+            Next::Expired => return self.bury(&delivery, Reason::Expired, error),
+        };
+        self.failing_since.get_or_insert(now);
+        self.changes.push(delivery.postponed(self.config.order_by, now.saturating_add(wait), error));
+        self.unwritten = true;
+        self.leave_window(&delivery);
+        for follower in self.order.take(delivery.key) {
+            match follower.place {
+                Place::Window(_) => self.put_behind(&follower),
+                Place::Parked(id) => self.parking.unload(id),
+            }
+        }
+    }
+
+    /// Parks a delivery that has to wait for others with its key.
+    pub(super) fn put_behind(&mut self, delivery: &Delivery) {
+        self.changes.push(delivery.behind(self.config.order_by, ledger::now()));
+        self.unwritten = true;
+        self.leave_window(delivery);
+    }
+
+    /// Counts a delivery that was in the window as parked.
+    fn leave_window(&mut self, delivery: &Delivery) {
+        if let Place::Window(ticket) = delivery.place {
+            self.parking.add(delivery.key, 1);
+            self.failing_parked += usize::from(self.failing_since.is_some());
+            self.window.settle(ticket);
+        }
+    }
+
+    /// Makes a dead letter of a delivery.
+    fn bury(&mut self, delivery: &Delivery, reason: Reason, error: &DeliveryError) {
+        let (event_id, reason_name) = (delivery.event.id(), reason.as_str());
+        error!(sink = %self.name, %event_id, reason = reason_name, attempts = delivery.failures, kind = %error.kind, error = %error.text, "a delivery is a dead letter now");
+        self.changes.push(delivery.buried(self.config.order_by, reason, &error.kind, &error.text));
+        self.counts.dead += 1;
+        self.settle_delivery(delivery);
+    }
+
+    /// It is delivered or dead: the next of its key may go.
+    fn settle_delivery(&mut self, delivery: &Delivery) {
+        match delivery.place {
+            Place::Window(ticket) => self.window.settle(ticket),
+            Place::Parked(id) => {
+                self.changes.push(Change::Unpark { id });
+                self.parking.remove(delivery.key);
+            }
+        }
+        self.unwritten = true;
+        self.ready.extend(self.order.settle(delivery.key));
+    }
+}
