@@ -121,12 +121,13 @@ impl Setup {
         let mut child = self.command(&[]).spawn().unwrap();
         let stdout = Lines::read(child.stdout.take().unwrap());
         let stderr = Lines::read(child.stderr.take().unwrap());
-        let mut relay = Relay { setup: self.clone(), child, stdout, stderr, address: SocketAddr::from(([0; 4], 0)) };
+        let nowhere = SocketAddr::from(([0; 4], 0));
+        let mut relay = Relay { setup: self.clone(), child, stdout, stderr, address: nowhere, admin: nowhere };
         let listening = async {
             loop {
                 let log = relay.logged("accepting webhooks");
                 if let Some(line) = log.first() {
-                    return line["listen"].as_str().unwrap().parse().unwrap();
+                    return ["listen", "admin"].map(|field| line[field].as_str().unwrap().parse().unwrap());
                 }
                 if let Some(status) = relay.child.try_wait().unwrap() {
                     panic!("the relay did not start ({status}): {:#?}", relay.stderr.all());
@@ -134,7 +135,7 @@ impl Setup {
                 tokio::time::sleep(POLL).await;
             }
         };
-        relay.address = within("the relay to listen", listening).await;
+        [relay.address, relay.admin] = within("the relay to listen", listening).await;
         relay
     }
 }
@@ -178,12 +179,66 @@ pub(crate) struct Relay {
     stdout: Lines,
     stderr: Lines,
     address: SocketAddr,
+    admin: SocketAddr,
 }
 
 impl Relay {
     /// Where it listens.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where its admin side listens.
+    pub(crate) fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Asks its admin side.
+    pub(crate) async fn ask(&self, request: Request<Full<Bytes>>) -> Answer {
+        Client::http1(self.admin).await.send(request).await
+    }
+
+    /// What its admin side says there; it must be a 200.
+    pub(crate) async fn get(&self, path: &str) -> Value {
+        self.ask(Request::get(path).header("host", "relay").body(Full::default()).unwrap()).await.json()
+    }
+
+    /// Posts JSON to its admin side; the answer must be a 200.
+    pub(crate) async fn operate(&self, path: &str, body: &Value) -> Value {
+        let request = Request::post(path).header("host", "relay").header("content-type", "application/json");
+        self.ask(request.body(Full::new(body.to_string().into())).unwrap()).await.json()
+    }
+
+    /// What a sink is doing.
+    pub(crate) async fn sink(&self, name: &str) -> Value {
+        self.get(&format!("/api/v1/sinks/{name}")).await
+    }
+
+    /// Waits until a sink is as it should be.
+    pub(crate) async fn sink_is(&self, name: &str, what: &str, condition: impl Fn(&Value) -> bool) -> Value {
+        let wait = async {
+            loop {
+                let sink = self.sink(name).await;
+                if condition(&sink) {
+                    return sink;
+                }
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        within(&format!("the sink {name} {what}"), wait).await
+    }
+
+    /// Runs a command that talks to it.
+    pub(crate) async fn command(&self, arguments: &[&str]) -> Done {
+        let admin = format!("http://{}", self.admin);
+        self.setup.run(&[arguments, &["--admin", &admin]].concat(), "").await
+    }
+
+    /// What a command that must succeed prints with `--json`.
+    pub(crate) async fn command_json(&self, arguments: &[&str]) -> Value {
+        let done = self.command(&[arguments, &["--json"]].concat()).await;
+        assert_eq!(done.code, Some(0), "{arguments:?}: {done:?}");
+        serde_json::from_str(&done.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {done:?}"))
     }
 
     /// Where it takes webhooks.
@@ -287,6 +342,12 @@ impl Answer {
         assert_eq!(self.status, 200, "{self:?}");
         let body: Value = serde_json::from_slice(&self.body).unwrap();
         body["ids"].as_array().unwrap().iter().map(|id| id.as_str().unwrap().to_owned()).collect()
+    }
+
+    /// The content of a 200.
+    pub(crate) fn json(&self) -> Value {
+        assert_eq!(self.status, 200, "{self:?}");
+        serde_json::from_slice(&self.body).unwrap()
     }
 
     /// A header's value, or nothing.
@@ -416,6 +477,8 @@ pub(crate) enum Reply {
     Status(u16),
     /// Answer with this status, after a while.
     After(Duration, u16),
+    /// Answer 429, with this `Retry-After`.
+    Later(&'static str),
     /// Keep the connection open and say nothing.
     Never,
     /// Close the connection.
@@ -519,8 +582,13 @@ async fn answer(request: Request<Incoming>, answering: Arc<Answering>) -> Result
     let (head, body) = request.into_parts();
     let body = body.collect().await.map_err(|_| Refused)?.to_bytes();
     let received = Received { method: head.method, uri: head.uri, headers: head.headers, body, at: Instant::now() };
+    let mut retry_after = None;
     let status = match answering(&received) {
         Reply::Status(status) => status,
+        Reply::Later(time) => {
+            retry_after = Some(time);
+            429
+        }
         Reply::After(time, status) => {
             tokio::time::sleep(time).await;
             status
@@ -528,8 +596,9 @@ async fn answer(request: Request<Incoming>, answering: Arc<Answering>) -> Result
         Reply::Never => pending().await,
         Reply::Close => return Err(Refused),
     };
-    let response = Response::builder().status(status).body(Full::default());
-    response.map_err(|_| Refused)
+    let response = Response::builder().status(status);
+    let response = retry_after.into_iter().fold(response, |response, time| response.header("retry-after", time));
+    response.body(Full::default()).map_err(|_| Refused)
 }
 
 /// Why a [`Receiver`] closes a connection.

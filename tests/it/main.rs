@@ -13,6 +13,8 @@ mod disk;
 #[cfg(test)]
 mod everything;
 #[cfg(test)]
+mod fsck;
+#[cfg(test)]
 mod harness;
 #[cfg(test)]
 mod ingress;
@@ -23,8 +25,12 @@ mod lanes;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod operating;
+#[cfg(test)]
 mod outage;
 #[cfg(test)]
 mod rabbitmq;
+#[cfg(test)]
+mod recovery;
 #[cfg(test)]
 mod rejections;

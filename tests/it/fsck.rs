@@ -1,0 +1,114 @@
+//! `engage-relay fsck`: each kind of damage is found, and repaired so that the relay starts and delivers what is left.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::brokers::receiver;
+use crate::harness::{Reply, Setup, event};
+
+/// Where the first record of a segment is, in bytes.
+const FIRST_RECORD: u64 = 4096;
+
+fn segments(setup: &Setup) -> Vec<PathBuf> {
+    let files =
+        fs::read_dir(setup.dir().join("data/journal")).expect("the journal").flatten().map(|entry| entry.path());
+    let mut segments: Vec<_> = files.filter(|path| path.extension().is_some_and(|ending| ending == "seg")).collect();
+    segments.sort();
+    segments
+}
+
+fn write(path: &Path, offset: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(path).expect("a file to damage");
+    file.write_all_at(bytes, offset).expect("it can be written");
+}
+
+/// Damages a stopped relay's files, and gives what `fsck --json` says of it before and after a repair. Afterwards a relay
+/// starts on them and delivers a new event.
+async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
+    let (server, inbox) = receiver(|_| Reply::Status(200)).await;
+    let setup = Setup::new(&server.routes()).env("RELAY_JOURNAL__SEGMENT", "64KiB");
+    let relay = setup.start().await;
+    let mut posted = Vec::new();
+    for number in 0..300 {
+        posted.extend(relay.post(event(number, "sent")).await.ids());
+    }
+    inbox.wait_for_ids("HTTP", posted).await;
+    relay.stop().await;
+    let clean = setup.run(&["fsck", "--json"], "").await;
+    assert_eq!(clean.code, Some(0), "{clean:?}");
+    assert!(segments(&setup).len() > 2);
+
+    damage(&setup);
+    let found = setup.run(&["fsck", "data", "--json"], "").await;
+    let again = setup.run(&["fsck", "data", "--json"], "").await;
+    assert_eq!(found.stdout, again.stdout, "looking changes nothing");
+    let repaired = setup.run(&["fsck", "--repair", "--json"], "").await;
+    let parse = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+    let (before, after) = (parse(&found.stdout), parse(&repaired.stdout));
+    assert_eq!(
+        (found.code, before["ok"].as_bool()),
+        (Some(if before["ok"] == true { 0 } else { 1 }), before["ok"].as_bool())
+    );
+    assert_eq!((repaired.code, after["ok"].as_bool()), (Some(0), Some(true)), "{repaired:?}");
+    assert_eq!(setup.run(&["fsck"], "").await.code, Some(0));
+
+    let relay = setup.start().await;
+    let new = relay.post(event(1000, "sent")).await.ids();
+    inbox.wait_for_ids("HTTP", new).await;
+    let running = setup.run(&["fsck"], "").await;
+    assert!(running.code == Some(1) && running.stderr.contains("another process"), "{running:?}");
+    relay.stop().await;
+    (before, after)
+}
+
+fn kinds(report: &Value) -> Vec<&str> {
+    let findings = report["journal"]["findings"].as_array().expect("a list");
+    findings.iter().map(|finding| finding["kind"].as_str().expect("text")).collect()
+}
+
+#[tokio::test]
+async fn damage_to_the_journal_is_found_and_repaired() {
+    let (before, _) = fsck(|setup| write(&segments(setup)[0], FIRST_RECORD + 2000, b"damage")).await;
+    assert_eq!(kinds(&before), ["damaged"]);
+    assert!(before["journal"]["findings"][0]["lost_events"].as_u64() >= Some(1), "{before}");
+
+    let (before, _) = fsck(|setup| write(&segments(setup)[1], 0, &[0; 40])).await;
+    assert_eq!(kinds(&before), ["header"]);
+
+    let (before, after) = fsck(|setup| write(&segments(setup)[1], 0, &[0; FIRST_RECORD as usize])).await;
+    assert_eq!(kinds(&before), ["segment", "missing"]);
+    assert!(after["repaired"][0].as_str().is_some_and(|done| done.contains("quarantine")), "{after}");
+
+    let (before, _) = fsck(|setup| fs::remove_file(&segments(setup)[1]).expect("it goes")).await;
+    assert_eq!(kinds(&before), ["missing"]);
+
+    // The last is gone, and sinks have read it: that there was more is known from the ledger.
+    let (before, _) = fsck(|setup| fs::remove_file(segments(setup).pop().expect("the last")).expect("it goes")).await;
+    assert_eq!(kinds(&before), ["missing"]);
+
+    let (before, _) = fsck(|setup| drop(setup.file("data/journal/notes.txt", "mine"))).await;
+    assert_eq!((kinds(&before), &before["ok"]), (vec!["foreign"], &json!(true)));
+}
+
+#[tokio::test]
+async fn damage_to_the_ledger_is_found_and_what_is_left_is_saved() {
+    let (before, after) = fsck(|setup| write(&setup.dir().join("data/ledger.sqlite"), 0, &[0xA5; 8192])).await;
+    assert!(before["ledger"]["problems"][0].as_str().is_some(), "{before}");
+    assert!(after["repaired"][0].as_str().is_some_and(|done| done.contains("no cursors")), "{after}");
+
+    let (before, _) = fsck(|setup| {
+        fs::remove_file(setup.dir().join("data/ledger.sqlite")).expect("it goes");
+    })
+    .await;
+    assert_eq!(before["ledger"]["problems"], json!(["ledger.sqlite is missing"]));
+}
+
+#[tokio::test]
+async fn what_is_no_data_directory_is_refused() {
+    let setup = Setup::new("");
+    let done = setup.run(&["fsck", "/usr"], "").await;
+    assert!(done.code == Some(1) && done.stderr.contains("is not the data directory of a relay"), "{done:?}");
+}

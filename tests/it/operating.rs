@@ -1,0 +1,339 @@
+//! The admin side and the commands that use it: what an operator sees, and what they can do about it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Full;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::brokers::{field, receiver};
+use crate::harness::{Answer, Receiver, Relay, Reply, Setup, event, eventually};
+
+/// Sinks that produce every reason for a dead letter, and one that takes all that is sent to it.
+async fn failing() -> (Setup, Receiver, crate::brokers::Inbox) {
+    let (server, inbox) = receiver(|request| {
+        Reply::Status(match request.uri.path() {
+            "/rejects" => 400,
+            "/fails" => 503,
+            _ => 200,
+        })
+    })
+    .await;
+    let sink = |name: &str, path: &str, delivery: &str| {
+        let url = server.url(path);
+        format!("[sinks.{name}]\ntype = \"http\"\nurl = \"{url}\"\ndelivery = {{ {delivery} }}\n")
+    };
+    let breaker = "breaker = { failures = 1000, probe = \"1s\" }";
+    let rules = sink("rejects", "/rejects", "")
+        + &sink("exhausts", "/fails", &format!("max_attempts = 3, schedule = [\"50ms\"], {breaker}"))
+        + &sink("expires", "/fails", &format!("max_age = \"1s\", schedule = [\"300ms\"], {breaker}"))
+        + &sink("good", "/good", "")
+        + "[[routes]]\nname = \"bad\"\nwhen = { status = \"error\" }\nto = [\"rejects\", \"exhausts\", \"expires\"]\n"
+        + "[[routes]]\nname = \"good\"\nwhen = { status = \"read\" }\nto = [\"good\"]\n";
+    (Setup::new(&rules), server, inbox)
+}
+
+async fn letters(relay: &Relay, query: &str) -> Vec<Value> {
+    relay.get(&format!("/api/v1/dead-letters{query}")).await["dead_letters"].as_array().expect("a list").clone()
+}
+
+async fn wait_for_letters(relay: &Relay, count: usize) -> Vec<Value> {
+    for _ in 0..1000 {
+        let found = letters(relay, "").await;
+        if found.len() >= count {
+            return found;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("waited for {count} dead letters; there are {:#?}", letters(relay, "").await);
+}
+
+#[tokio::test]
+async fn every_dead_letter_says_why_and_can_be_replayed_or_discarded() {
+    let (setup, _server, inbox) = failing().await;
+    let relay = setup.start().await;
+    let id = relay.post(event(1, "error")).await.ids().remove(0);
+    let unrouted = relay.post(event(2, "sent")).await.ids().remove(0);
+    let found = wait_for_letters(&relay, 4).await;
+    let expected = [
+        ("rejects", "rejected", "http_400", json!(1), &id),
+        ("exhausts", "exhausted", "http_503", json!(3), &id),
+        ("expires", "expired", "http_503", json!(3), &id),
+        ("unrouted", "unrouted", "unrouted", json!(0), &unrouted),
+    ];
+    for (sink, reason, kind, attempts, id) in expected {
+        let letter = found.iter().find(|letter| letter["sink"] == sink).unwrap_or_else(|| panic!("{sink}: {found:#?}"));
+        assert_eq!((&letter["reason"], &letter["error_kind"]), (&json!(reason), &json!(kind)), "{letter:#}");
+        assert_eq!(letter["event_id"], **id);
+        if sink == "expires" {
+            assert!(letter["attempts"].as_u64() > Some(1), "{letter:#}");
+        } else {
+            assert_eq!(letter["attempts"], attempts, "{letter:#}");
+        }
+        let [received, failed, died] = ["received_at", "first_failed_at", "died_at"].map(|at| letter[at].as_str());
+        assert!(received <= died && (sink == "unrouted") == failed.is_none(), "{letter:#}");
+        assert!(letter.get("body").is_none(), "lists have no bodies");
+        let number = letter["id"].to_string();
+        let shown = relay.get(&format!("/api/v1/dead-letters/{number}")).await;
+        assert_eq!(shown["body"]["message_id"], letter["message_id"]);
+        let shown = relay.command(&["dead-letters", "show", &number]).await;
+        assert!(shown.stdout.contains(reason) && shown.stdout.contains("\"event_name\": \"msg_status\""), "{shown:?}");
+    }
+    let query = format!("?status=error&event_id={id}&key=wamid.00000001&since=2020-01-01T00:00:00Z&limit=2");
+    let page = relay.get(&format!("/api/v1/dead-letters{query}")).await;
+    let next = page["next"].as_i64().expect("there are three");
+    let rest = relay.get(&format!("/api/v1/dead-letters{query}&after={next}")).await;
+    assert_eq!(
+        (page["dead_letters"].as_array().map(Vec::len), rest["dead_letters"].as_array().map(Vec::len)),
+        (Some(2), Some(1))
+    );
+    assert_eq!(rest["next"], Value::Null);
+    assert_eq!(letters(&relay, "?until=2020-01-01T00:00:00Z").await.len(), 0);
+
+    // One, to another sink; some, by a filter, to theirs, where they die again; and those without a sink of their own.
+    let rejected = letters(&relay, "?reason=rejected").await[0]["id"].to_string();
+    let done = relay.command(&["dead-letters", "replay", &rejected, "--to", "good"]).await;
+    assert_eq!((done.code, &*done.stdout), (Some(0), "1 replayed\n"));
+    inbox.wait_for_ids("good", [id.clone()]).await;
+    let exhausted = letters(&relay, "?sink=exhausts").await[0]["id"].as_i64();
+    assert_eq!(relay.command_json(&["dead-letters", "replay", "--sink", "exhausts"]).await["replayed"], 1);
+    eventually_async("it to die again", async || {
+        let again = letters(&relay, "?sink=exhausts").await;
+        again.first().is_some_and(|letter| letter["id"].as_i64() > exhausted && letter["attempts"] == 3)
+    })
+    .await;
+    let lost = letters(&relay, "?sink=unrouted").await[0]["id"].to_string();
+    let done = relay.command(&["dead-letters", "replay", &lost]).await;
+    assert!(done.code == Some(1) && done.stderr.contains("no route matches"), "{done:?}");
+    relay.stop().await;
+
+    // A rule is added, and what it had missed is sent.
+    let rules = std::fs::read_to_string(setup.dir().join("routes.toml")).expect("the rules");
+    setup.file("routes.toml", &rules.replace("status = \"read\"", "status = [\"read\", \"sent\"]"));
+    let relay = setup.start().await;
+    assert_eq!(relay.command_json(&["dead-letters", "replay", "--reason", "unrouted"]).await["replayed"], 1);
+    inbox.wait_for_ids("good", [unrouted]).await;
+    let left = letters(&relay, "").await.len();
+    assert_eq!(relay.command_json(&["dead-letters", "discard", "--all"]).await["discarded"], left);
+    assert_eq!(letters(&relay, "").await.len(), 0);
+    let done = relay.command(&["dead-letters", "discard"]).await;
+    assert!(done.code == Some(1) && done.stderr.contains("--all"), "{done:?}");
+    relay.stop().await;
+}
+
+async fn eventually_async(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    for _ in 0..1000 {
+        if condition().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("waited for {what}");
+}
+
+/// Many dead letters at once, at a rate and without.
+#[tokio::test]
+async fn dead_letters_are_replayed_in_bulk() {
+    const LETTERS: usize = 3000;
+    let up = Arc::new(AtomicBool::new(false));
+    let is_up = Arc::clone(&up);
+    let (server, inbox) = receiver(move |_| Reply::Status(if is_up.load(Ordering::Relaxed) { 200 } else { 400 })).await;
+    let setup = Setup::new(&server.routes());
+    let relay = setup.start().await;
+    for batch in 0..6 {
+        let events: Vec<_> = (0..500).map(|number| event(batch * 500 + number, "sent")).collect();
+        relay.post(format!("[{}]", events.join(","))).await.ids();
+    }
+    relay.sink_is("http", "has rejected them", |sink| sink["dead_letters"] == LETTERS).await;
+    up.store(true, Ordering::Relaxed);
+    let since = std::time::Instant::now();
+    let some = ["dead-letters", "replay", "--until", "0s", "--key", "wamid.00000007", "--rate", "5"];
+    assert_eq!(relay.command_json(&some).await["replayed"], 1);
+    let body = json!({ "sink": "http", "limit": 100, "rate": 100 });
+    let answer = relay.operate("/api/v1/dead-letters/replay", &body).await;
+    assert_eq!((&answer["done"], &answer["remaining"]), (&json!(100), &json!(LETTERS - 101)));
+    assert!(since.elapsed() > Duration::from_millis(800), "100 at 100 a second take a second, less the first few");
+    assert_eq!(relay.command_json(&["dead-letters", "replay", "--sink", "http"]).await["replayed"], LETTERS - 101);
+    let arrived = inbox.wait_for_events("HTTP", LETTERS).await;
+    assert_eq!(arrived.ids.len(), LETTERS);
+    relay.sink_is("http", "has none left", |sink| sink["parked"] == 0 && sink["dead_letters"] == 0).await;
+    relay.stop().await;
+    assert_eq!(inbox.now().all.len(), LETTERS, "each once");
+}
+
+#[tokio::test]
+async fn retained_events_are_sent_again_by_time_and_rule() {
+    let (server, inbox) = receiver(|_| Reply::Status(200)).await;
+    let setup = Setup::new(&server.routes());
+    let relay = setup.start().await;
+    let mut ids = Vec::new();
+    for number in 0..10 {
+        ids.extend(relay.post(event(number, if number % 2 == 0 { "sent" } else { "read" })).await.ids());
+    }
+    inbox.wait_for_events("HTTP", 10).await;
+    let replay = async |more: &[&str]| relay.command_json(&[&["replay", "--sink", "http"], more].concat()).await;
+    assert_eq!(replay(&["--since", "1h", "--when", "status = \"read\""]).await["replayed"], 5);
+    inbox.wait_for_events("HTTP", 15).await;
+    assert_eq!(replay(&["--until", "1h"]).await, json!({ "replayed": 0, "scanned": 10 }));
+    assert_eq!(replay(&["--rate", "20"]).await["replayed"], 10);
+    let arrived = inbox.wait_for_events("HTTP", 25).await;
+    assert_eq!(arrived.ids.len(), 10);
+    let wrong = relay.command(&["replay", "--sink", "http", "--when", "staus = \"read\""]).await;
+    assert!(wrong.code == Some(1) && wrong.stderr.contains("did you mean `status`?"), "{wrong:?}");
+    let nowhere = relay.command(&["replay", "--sink", "nowhere"]).await;
+    assert!(nowhere.code == Some(1) && nowhere.stderr.contains("no sink is called \"nowhere\""), "{nowhere:?}");
+    relay.stop().await;
+    assert_eq!(inbox.now().all.len(), 25);
+}
+
+#[tokio::test]
+async fn a_paused_sink_waits_and_status_says_so() {
+    let (server, inbox) = receiver(|_| Reply::Status(200)).await;
+    let relay = Setup::new(&server.routes()).start().await;
+    let paused = relay.command(&["pause", "http"]).await;
+    assert!(paused.stdout.contains("paused"), "{paused:?}");
+    let mut ids = Vec::new();
+    for number in 0..5 {
+        ids.extend(relay.post(event(number, "sent")).await.ids());
+    }
+    let sink = relay
+        .sink_is("http", "has read what it does not deliver", |sink| sink["lag_seconds"].as_f64() > Some(0.2))
+        .await;
+    assert_eq!((&sink["paused"], &sink["lag_events"], &sink["delivered"]), (&json!(true), &json!(5), &json!(0)));
+    let status = relay.command(&["status"]).await;
+    let expected = ["http", "paused", "accepting", "LAG"];
+    assert!(expected.iter().all(|word| status.stdout.contains(word)), "{}", status.stdout);
+    assert_eq!(relay.command_json(&["resume", "http"]).await["paused"], false);
+    inbox.wait_for_ids("HTTP", ids).await;
+    relay.sink_is("http", "has caught up", |sink| sink["lag_events"] == 0 && sink["delivered"] == 5).await;
+    let unknown = relay.command(&["pause", "nowhere"]).await;
+    assert!(unknown.code == Some(1) && unknown.stderr.contains("nowhere"), "{unknown:?}");
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn commands_say_when_no_relay_answers() {
+    let setup = Setup::new(&Receiver::accepting().await.routes());
+    for command in [&["status"][..], &["dead-letters", "list"], &["replay", "--sink", "x"], &["pause", "x"]] {
+        let done = setup.run(&[command, &["--admin", "http://127.0.0.1:1"]].concat(), "").await;
+        assert!(done.code == Some(1) && done.stderr.contains("is it running?"), "{done:?}");
+    }
+    // Something else that speaks HTTP.
+    let other = Receiver::accepting().await;
+    let done = setup.run(&["status", "--admin", &other.url("")], "").await;
+    assert!(done.code == Some(1) && done.stderr.contains("is not a relay's admin side"), "{done:?}");
+}
+
+fn with_token(path: &str, token: Option<&str>) -> Request<Full<Bytes>> {
+    let request = Request::get(path).header("host", "relay");
+    let request = token.into_iter().fold(request, |request, token| request.header("authorization", token));
+    request.body(Full::default()).expect("a request")
+}
+
+fn is_problem(answer: &Answer, status: u16) {
+    assert_eq!((answer.status, answer.header("content-type")), (status, "application/problem+json"), "{answer:?}");
+    let problem: Value = serde_json::from_slice(&answer.body).expect("JSON");
+    assert_eq!(problem["status"], status);
+    assert!(problem["detail"].as_str().is_some_and(|detail| detail.len() > 10), "{problem}");
+}
+
+#[tokio::test]
+async fn the_token_guards_the_api_and_not_the_probes() {
+    let setup = Setup::new(&Receiver::accepting().await.routes()).env("RELAY_ADMIN__TOKEN", "a-token-for-operators");
+    let relay = setup.start().await;
+    for path in ["/api/v1/status", "/api/v1/openapi.json", "/api/v1/dead-letters"] {
+        for token in [None, Some("Bearer wrong"), Some("a-token-for-operators")] {
+            let answer = relay.ask(with_token(path, token)).await;
+            is_problem(&answer, 401);
+            assert_eq!(answer.header("www-authenticate"), "Bearer");
+        }
+        assert_eq!(relay.ask(with_token(path, Some("Bearer a-token-for-operators"))).await.status, 200, "{path}");
+    }
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(relay.ask(with_token(path, None)).await.status, 200);
+    }
+    is_problem(&relay.ask(with_token("/nothing", None)).await, 404);
+    // Commands find the token in the settings, or take it.
+    assert_eq!(relay.command(&["status"]).await.code, Some(0));
+    let admin = format!("http://{}", relay.admin());
+    let other = setup.clone().without("RELAY_ADMIN__TOKEN");
+    let arguments = ["status", "--admin", &admin];
+    let refused = other.run(&arguments, "").await;
+    assert!(refused.code == Some(1) && refused.stderr.contains("admin.token"), "{refused:?}");
+    let taken = other.run(&[&arguments[..], &["--admin-token", "a-token-for-operators"]].concat(), "").await;
+    assert_eq!(taken.code, Some(0), "{taken:?}");
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn requests_that_can_not_be_served_say_why() {
+    let relay = Setup::new(&Receiver::accepting().await.routes()).start().await;
+    let post = async |path: &str, body: &str| {
+        let request = Request::post(path).header("host", "relay").header("content-type", "application/json");
+        relay.ask(request.body(Full::new(body.to_owned().into())).expect("a request")).await
+    };
+    for query in ["limit=0", "limit=10001", "limit=x", "since=yesterday", "snik=http"] {
+        is_problem(&relay.ask(with_token(&format!("/api/v1/dead-letters?{query}"), None)).await, 400);
+    }
+    for limit in ["1", "10000"] {
+        assert_eq!(relay.ask(with_token(&format!("/api/v1/dead-letters?limit={limit}"), None)).await.status, 200);
+    }
+    for body in
+        ["", "[]", "[null]", "{\"limit\":0}", "{\"rate\":0}", "{\"rate\":1000001}", "{\"snik\":1}", "{\"limit\":1.5}"]
+    {
+        is_problem(&post("/api/v1/dead-letters/replay", body).await, 400);
+    }
+    is_problem(&post("/api/v1/dead-letters/replay", "{\"to\":\"nowhere\"}").await, 404);
+    is_problem(&post("/api/v1/dead-letters/1/replay", "{}").await, 404);
+    is_problem(&post("/api/v1/sinks/nowhere/pause", "").await, 404);
+    is_problem(&post("/api/v1/explain", "[]").await, 400);
+    is_problem(&post("/api/v1/status", "").await, 405);
+    let explained = post("/api/v1/explain", &event(1, "sent")).await.json();
+    assert_eq!(explained[0]["sinks"][0]["sink"], "http");
+    relay.stop().await;
+}
+
+/// From SIGTERM on the relay is not ready, and still accepts until the delay is over.
+#[tokio::test]
+async fn readiness_ends_before_accepting_does() {
+    let setup = Setup::new(&Receiver::accepting().await.routes()).env("RELAY_SHUTDOWN__DELAY", "1s");
+    let mut relay = setup.start().await;
+    assert_eq!(relay.get("/readyz").await["status"], "ready");
+    relay.signal(Signal::TERM);
+    eventually("the relay to notice", || !relay.logged("asked to stop; accepting a little longer").is_empty()).await;
+    is_problem(&relay.ask(with_token("/readyz", None)).await, 503);
+    assert_eq!(relay.ask(with_token("/healthz", None)).await.status, 200);
+    assert_eq!(relay.post(event(1, "sent")).await.status, 200);
+    assert_eq!(relay.ended().await.code(), Some(0));
+}
+
+/// `[ingress] dedup`: an event that is sent again is answered alike, and delivered once; also after a restart.
+#[tokio::test]
+async fn resent_events_are_stored_once() {
+    let (server, inbox) = receiver(|_| Reply::Status(200)).await;
+    let setup = Setup::new(&server.routes()).env("RELAY_INGRESS__DEDUP", "10m");
+    let relay = setup.start().await;
+    let first = relay.post(event(1, "sent")).await.ids();
+    assert_eq!(relay.post(event(1, "sent")).await.ids(), first);
+    let three = format!("[{},{},{}]", event(1, "sent"), event(2, "sent"), event(2, "sent"));
+    let ids = relay.post(three).await.ids();
+    assert_eq!((ids.len(), &ids[0], &ids[1]), (3, &first[0], &ids[2]));
+    assert_ne!(relay.post(event(1, "read")).await.ids(), first, "another status is another event");
+    let many: Vec<_> = (0..16).map(|_| relay.post(event(9, "sent"))).collect();
+    let answers = futures_util::future::join_all(many).await;
+    assert!(answers.iter().all(|answer| answer.ids() == answers[0].ids()));
+    assert_eq!(relay.get("/api/v1/status").await["ingress"]["resent"], 18);
+    let relay = relay.kill().await.start().await;
+    assert_eq!(relay.post(event(2, "sent")).await.ids(), [ids[1].clone()]);
+    assert_eq!(relay.get("/api/v1/status").await["journal"]["end"], 4);
+    inbox.wait_for_events("HTTP", 4).await;
+    relay.stop().await;
+    let mut messages: Vec<_> = inbox.now().all.iter().map(|arrival| field(&arrival.body, "/message_id")).collect();
+    messages.sort();
+    messages.dedup();
+    assert_eq!(messages.len(), 3);
+}

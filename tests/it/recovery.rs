@@ -1,0 +1,314 @@
+//! What a lane does when its sink fails: parks, waits, tries again, gives up; and that nobody else feels it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::brokers::{Inbox, field, receiver};
+use crate::harness::{Received, Receiver, Relay, Reply, Setup, event, eventually};
+use crate::load::{Load, latencies};
+
+fn sink(name: &str, server: &Receiver, delivery: &str) -> String {
+    let url = server.url("/");
+    format!("[sinks.{name}]\ntype = \"http\"\nurl = \"{url}\"\ntimeout = \"2s\"\ndelivery = {{ {delivery} }}\n")
+}
+
+fn all_to(sinks: &[&str]) -> String {
+    format!("[[routes]]\nname = \"all\"\nto = {sinks:?}\n")
+}
+
+/// A server that answers 503 as long as the switch is off.
+async fn switched() -> (Receiver, Inbox, Arc<AtomicBool>) {
+    let up = Arc::new(AtomicBool::new(false));
+    let is_up = Arc::clone(&up);
+    let (server, inbox) = receiver(move |_| Reply::Status(if is_up.load(Ordering::Relaxed) { 200 } else { 503 })).await;
+    (server, inbox, up)
+}
+
+async fn post(relay: &Relay, events: &[(u32, &str)]) -> Vec<String> {
+    let mut ids = Vec::new();
+    for (number, status) in events {
+        ids.extend(relay.post(event(*number, status)).await.ids());
+    }
+    ids
+}
+
+/// One event in three gets a 500, at random, for a while, with a crash in the middle.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_in_three_fails_and_everything_arrives_in_order() {
+    const PHASE: Duration = Duration::from_secs(5);
+    let failing = Arc::new(AtomicBool::new(true));
+    let fails = Arc::clone(&failing);
+    let (bad, bad_inbox) = receiver(move |_| {
+        Reply::Status(if fails.load(Ordering::Relaxed) && rand::random_ratio(1, 3) { 500 } else { 200 })
+    })
+    .await;
+    let (good, good_inbox) = receiver(|_| Reply::Status(200)).await;
+    let hasty = "backoff = { initial = \"100ms\", max = \"1s\" }";
+    let setup = Setup::new(&(sink("bad", &bad, hasty) + &sink("good", &good, "") + &all_to(&["bad", "good"])));
+    let load = Load::new(16, Duration::from_millis(5));
+    let phase = async |relay: &Relay, what: &str| {
+        load.to(Some(relay.address()));
+        let since = Instant::now();
+        let mut events = load.more(300).await;
+        while since.elapsed() < PHASE {
+            events.extend(load.more(10).await);
+        }
+        latencies(&format!("the good sink, {what}"), &events, &good_inbox).await
+    };
+    let relay = setup.start().await;
+    phase(&relay, "while the other fails").await;
+    load.to(None);
+    assert!(relay.sink("bad").await["parked"].as_u64() > Some(0));
+    relay.kill().await;
+    let relay = setup.start().await;
+    let during = phase(&relay, "after a crash, while the other fails").await;
+    failing.store(false, Ordering::Relaxed);
+    let after = phase(&relay, "when the other is well").await;
+    let posted = load.stop().await;
+    let arrived = bad_inbox.wait_for_ids("the bad sink", posted.ids()).await;
+    good_inbox.wait_for_ids("the good sink", posted.ids()).await;
+    relay.stop().await;
+    posted.check("the bad sink", &arrived);
+    posted.check("the good sink", &good_inbox.now());
+    eprintln!("{} events, {} repeated after the crash", arrived.ids.len(), arrived.repeated());
+    let delayed =
+        during.0 > after.0 * 5 + Duration::from_millis(50) || during.1 > after.1 * 5 + Duration::from_millis(500);
+    assert!(!delayed, "the good sink is delayed: {during:?}; when the other is well: {after:?}");
+}
+
+/// What is parked, and what waits behind it, goes on after a stop and after a crash: in order, and once.
+#[tokio::test]
+async fn parked_deliveries_survive_restarts_in_order() {
+    let (server, inbox, up) = switched().await;
+    let patient = "schedule = [\"700ms\"], breaker = { failures = 1000, probe = \"1s\" }, concurrency = 4";
+    let setup = Setup::new(&(sink("http", &server, patient) + &all_to(&["http"])));
+    let relay = setup.start().await;
+    let mut posted = post(&relay, &[(1, "sent"), (2, "sent"), (1, "delivered")]).await;
+    relay
+        .sink_is("http", "has parked them", |sink| sink["parked"] == 3 && sink["attempts_failed"].as_u64() > Some(2))
+        .await;
+    let log = relay.stop().await;
+    let stopped = log.iter().find(|line| line["message"] == "sink stopped").expect("it says so");
+    assert_eq!((&stopped["parked"], &stopped["lag_events"]), (&json!(3), &json!(0)));
+    let relay = setup.start().await;
+    posted.extend(post(&relay, &[(1, "read"), (3, "sent")]).await);
+    relay.sink_is("http", "has parked the new ones too", |sink| sink["parked"] == 5).await;
+    let setup = relay.kill().await;
+    let relay = setup.start().await;
+    assert_eq!(relay.sink("http").await["parked"], 5);
+    up.store(true, Ordering::Relaxed);
+    let arrived = inbox.wait_for_ids("HTTP", posted.clone()).await;
+    relay.sink_is("http", "has none parked", |sink| sink["parked"] == 0).await;
+    relay.stop().await;
+    assert_eq!((arrived.all.len(), inbox.now().all.len()), (5, 5), "each once");
+    let orders = arrived.orders();
+    assert_eq!(orders["wamid.00000001"], [&*posted[0], &posted[2], &posted[3]]);
+    assert!(
+        arrived
+            .all
+            .iter()
+            .all(|arrival| arrival.field("/message_id") == "wamid.00000001" || arrival.header("relay-attempt") != "")
+    );
+    let relay = setup.start().await;
+    relay.stop().await;
+    assert_eq!(inbox.now().all.len(), 5, "none again after a clean stop");
+}
+
+/// The times of attempts: a schedule, `Retry-After` and its cap, a rate.
+#[tokio::test]
+async fn attempts_are_made_when_they_should_be() {
+    let attempts: Arc<Mutex<HashMap<String, Vec<Instant>>>> = Arc::default();
+    let seen = Arc::clone(&attempts);
+    let (server, inbox) = receiver(move |request: &Received| {
+        let message = field(&request.body, "/message_id");
+        let mut seen = seen.lock().expect("nobody panics");
+        let made = seen.entry(format!("{} {message}", request.uri.path())).or_default();
+        made.push(request.at);
+        match (request.uri.path(), &*message, made.len()) {
+            ("/rate", ..) | (_, _, 3..) => Reply::Status(200),
+            (_, "wamid.00000001", _) => Reply::Status(503),
+            (_, "wamid.00000002", 1) => Reply::Later("1"),
+            (_, "wamid.00000003", 1) => Reply::Later("3600"),
+            _ => Reply::Status(200),
+        }
+    })
+    .await;
+    let rules = format!(
+        "[sinks.schedule]\ntype = 'http'\nurl = '{}'\ndelivery = {{ schedule = ['300ms', '1500ms'], breaker = {{ failures = 1000, probe = '1s' }} }}\n\
+         [sinks.rate]\ntype = 'http'\nurl = '{}'\ndelivery = {{ rate = '20/s' }}\n\
+         [[routes]]\nto = ['schedule']\nwhen = {{ status = 'sent' }}\n[[routes]]\nto = ['rate']\nwhen = {{ status = 'read' }}\n",
+        server.url("/schedule"),
+        server.url("/rate"),
+    );
+    let relay = Setup::new(&rules).start().await;
+    let mut posted = post(&relay, &[(1, "sent"), (2, "sent"), (3, "sent")]).await;
+    let since = Instant::now();
+    for number in 100..150 {
+        posted.extend(post(&relay, &[(number, "read")]).await);
+    }
+    inbox.wait_for_ids("HTTP", posted).await;
+    let took = since.elapsed();
+    relay.stop().await;
+    let attempts = attempts.lock().expect("nobody panics");
+    let waits = |message: &str| -> Vec<u128> {
+        let made = &attempts[&format!("/schedule wamid.0000000{message}")];
+        made.windows(2).map(|pair| pair[1].duration_since(pair[0]).as_millis()).collect()
+    };
+    let about =
+        |waited: u128, wait: u128| assert!((wait..wait + 900).contains(&waited), "{waited} ms instead of {wait}");
+    let first = waits("1");
+    about(first[0], 300);
+    about(first[1], 1500);
+    about(waits("2")[0], 1000);
+    about(waits("3")[0], 1500);
+    // 50 at 20 a second, of which two may be made up for at once.
+    assert!((2300..4500).contains(&took.as_millis()), "50 events at 20 a second took {took:?}");
+}
+
+/// A sink that is away while events come in: only probed, nothing read on, and all of it delivered when it is back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_is_away_costs_a_cursor() {
+    const EVENTS: usize = 20_000;
+    let (server, inbox, up) = switched().await;
+    let (good, good_inbox) = receiver(|_| Reply::Status(200)).await;
+    let delivery = "breaker = { failures = 5, probe = \"300ms\" }, backoff = { initial = \"1s\", max = \"1h\" }";
+    let rules = sink("bad", &server, delivery) + &sink("good", &good, "") + &all_to(&["bad", "good"]);
+    let relay = Setup::new(&rules).start().await;
+    let batch: Vec<String> = (0..500).map(|number| event(number, "sent")).collect();
+    for round in 0..EVENTS / batch.len() {
+        let events: Vec<_> = batch.iter().map(|body| body.replace("\"1687548944\"", &format!("\"{round}\""))).collect();
+        relay.post(format!("[{}]", events.join(","))).await.ids();
+    }
+    let bad = relay.sink_is("bad", "is known to be away", |sink| sink["breaker"] == "open").await;
+    good_inbox.wait_for_events("the good sink", EVENTS).await;
+    // What was under way when it opened, and what it was probed with.
+    assert!(bad["parked"].as_u64() < Some(1000), "{bad}");
+    assert!(bad["lag_events"].as_u64() > Some(EVENTS as u64 - 5000), "{bad}");
+    up.store(true, Ordering::Relaxed);
+    let arrived = inbox.wait_for_events("the sink that is back", EVENTS).await;
+    relay.sink_is("bad", "has caught up", |sink| sink["lag_events"] == 0 && sink["parked"] == 0).await;
+    assert_eq!(arrived.ids.len(), EVENTS);
+    // One message's events differ by their time only; they came in this order.
+    let mut last = HashMap::new();
+    for arrival in &arrived.all {
+        let at: u64 = arrival.field("/event_timestamp").parse().expect("a number");
+        let before = last.insert(arrival.field("/message_id"), at);
+        assert!(before.is_none_or(|before| before < at), "{before:?} before {at}");
+    }
+    relay.stop().await;
+}
+
+/// At `max_parked` the lane reads no further, and goes on when there is room again.
+#[tokio::test]
+async fn max_parked_bounds_what_is_parked() {
+    let (server, inbox, up) = switched().await;
+    let delivery =
+        "max_parked = 10, concurrency = 1, schedule = [\"300ms\"], breaker = { failures = 1000, probe = \"1s\" }";
+    let setup = Setup::new(&(sink("http", &server, delivery) + &all_to(&["http"])));
+    let relay = setup.start().await;
+    let mut posted = Vec::new();
+    for number in 0..40 {
+        posted.extend(post(&relay, &[(number, "sent")]).await);
+        // One at a time, since a lane that has read more tries it.
+        relay
+            .sink_is("http", "has nothing under way", |sink| {
+                sink["in_flight"] == 0 || sink["parked"].as_u64() >= Some(10)
+            })
+            .await;
+    }
+    let full = relay.sink_is("http", "is at the bound", |sink| sink["parked"].as_u64() >= Some(10)).await;
+    assert!(full["parked"].as_u64() <= Some(12) && full["lag_events"].as_u64() >= Some(28), "{full}");
+    up.store(true, Ordering::Relaxed);
+    let arrived = inbox.wait_for_ids("HTTP", posted).await;
+    assert_eq!(arrived.all.len(), 40);
+    relay.sink_is("http", "has none parked", |sink| sink["parked"] == 0).await;
+    relay.stop().await;
+}
+
+/// 410: the receiver wants no more. The event is kept, and the sink is only probed.
+#[tokio::test]
+async fn a_sink_that_is_gone_is_left_alone() {
+    let gone = Arc::new(AtomicBool::new(true));
+    let is_gone = Arc::clone(&gone);
+    let (server, inbox) =
+        receiver(move |_| Reply::Status(if is_gone.load(Ordering::Relaxed) { 410 } else { 200 })).await;
+    let setup =
+        Setup::new(&(sink("http", &server, "breaker = { failures = 100, probe = \"300ms\" }") + &all_to(&["http"])));
+    let relay = setup.start().await;
+    let posted = post(&relay, &[(1, "sent"), (2, "sent"), (3, "sent")]).await;
+    relay.sink_is("http", "is left alone", |sink| sink["breaker"] == "open" && sink["parked"].as_u64() > Some(0)).await;
+    let errors = relay.logged("the sink wants no more events; it is only probed until it does");
+    assert!(errors.iter().all(|line| line["level"] == "ERROR") && !errors.is_empty());
+    gone.store(false, Ordering::Relaxed);
+    inbox.wait_for_ids("HTTP", posted).await;
+    relay.stop().await;
+}
+
+/// The system's clock jumps back a day, and forward again: nothing is stuck, and nothing comes in a storm.
+#[tokio::test]
+async fn a_clock_that_jumps_does_no_harm() {
+    let (server, inbox, up) = switched().await;
+    let delivery = "schedule = [\"2s\"], max_age = \"100h\", breaker = { failures = 1000, probe = \"1s\" }";
+    let setup = Setup::new(&(sink("http", &server, delivery) + &all_to(&["http"])));
+    let clock = setup.file("clock", "+0");
+    let setup = setup
+        .env("LD_PRELOAD", faketime())
+        .env("FAKETIME_TIMESTAMP_FILE", clock.to_str().expect("UTF-8"))
+        .env("FAKETIME_NO_CACHE", "1")
+        .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+    let relay = setup.start().await;
+    let posted = post(&relay, &[(1, "sent"), (2, "sent"), (1, "read")]).await;
+    relay.sink_is("http", "has parked them", |sink| sink["parked"] == 3).await;
+    for jump in ["-1d", "+1d", "-1d"] {
+        setup.file("clock", jump);
+        let before = relay.sink("http").await["attempts_failed"].as_u64().expect("a number");
+        let since = Instant::now();
+        relay.sink_is("http", "is tried again", |sink| sink["attempts_failed"].as_u64() > Some(before + 3)).await;
+        let took = since.elapsed();
+        // Two heads, tried every two seconds; the first after a jump may come at once.
+        assert!((Duration::from_secs(1)..Duration::from_secs(15)).contains(&took), "{jump}: 4 attempts took {took:?}");
+    }
+    up.store(true, Ordering::Relaxed);
+    let arrived = inbox.wait_for_ids("HTTP", posted).await;
+    assert_eq!(arrived.all.len(), 3);
+    let status = relay.get("/api/v1/status").await;
+    assert!(status["uptime_seconds"].as_f64() >= Some(0.0), "{status}");
+    relay.stop().await;
+}
+
+/// The library that makes a process see another time.
+fn faketime() -> String {
+    let folders = std::fs::read_dir("/usr/lib").expect("a folder").flatten().map(|entry| entry.path().join("faketime"));
+    let mut found = folders.map(|folder| folder.join("libfaketimeMT.so.1")).filter(|library| library.exists());
+    found.next().expect("this test needs the package libfaketime; scripts/test installs it").display().to_string()
+}
+
+/// Sinks that were removed from the rules.
+#[tokio::test]
+async fn a_removed_sink_leaves_dead_letters() {
+    let (server, _, _) = switched().await;
+    let (good, inbox) = receiver(|_| Reply::Status(200)).await;
+    let setup = Setup::new(&(sink("old", &server, "") + &all_to(&["old"])));
+    let relay = setup.start().await;
+    let posted = post(&relay, &[(1, "sent"), (1, "read")]).await;
+    relay.sink_is("old", "has parked them", |sink| sink["parked"] == 2).await;
+    relay.stop().await;
+    setup.file("routes.toml", &(sink("new", &good, "") + &all_to(&["new"])));
+    let relay = setup.start().await;
+    let warned = relay.logged("a sink is no longer in the rules: its parked deliveries are dead letters, and the events that it has not read stay unread");
+    assert_eq!((&warned[0]["sink"], &warned[0]["dead_letters"]), (&json!("old"), &json!(2)));
+    let letters = relay.command_json(&["dead-letters", "list", "--reason", "sink_removed"]).await;
+    assert_eq!(letters["dead_letters"].as_array().map(Vec::len), Some(2), "{letters}");
+    let done = relay.command(&["dead-letters", "replay", "--sink", "old"]).await;
+    assert!(done.stdout.contains("0 replayed; 2 not"), "{done:?}");
+    let replayed = relay.command_json(&["dead-letters", "replay", "--sink", "old", "--to", "new"]).await;
+    assert_eq!(replayed["replayed"], 2);
+    let arrived = inbox.wait_for_ids("the new sink", posted.clone()).await;
+    assert_eq!(arrived.orders()["wamid.00000001"], posted, "in order");
+    eventually("nothing else to come", || inbox.now().all.len() == 2).await;
+    relay.stop().await;
+}
