@@ -10,7 +10,7 @@ use crate::brokers::receiver;
 use crate::harness::{Reply, Setup, event};
 
 /// Where the first record of a segment is, in bytes.
-const FIRST_RECORD: u64 = 4096;
+const FIRST_RECORD: u16 = 4096;
 
 fn segments(setup: &Setup) -> Vec<PathBuf> {
     let files =
@@ -71,7 +71,7 @@ fn kinds(report: &Value) -> Vec<&str> {
 
 #[tokio::test]
 async fn damage_to_the_journal_is_found_and_repaired() {
-    let (before, _) = fsck(|setup| write(&segments(setup)[0], FIRST_RECORD + 2000, b"damage")).await;
+    let (before, _) = fsck(|setup| write(&segments(setup)[0], u64::from(FIRST_RECORD) + 2000, b"damage")).await;
     assert_eq!(kinds(&before), ["damaged"]);
     assert!(before["journal"]["findings"][0]["lost_events"].as_u64() >= Some(1), "{before}");
 

@@ -177,10 +177,10 @@ async fn retained_events_are_sent_again_by_time_and_rule() {
     inbox.wait_for_events("HTTP", 10).await;
     let replay = async |more: &[&str]| relay.command_json(&[&["replay", "--sink", "http"], more].concat()).await;
     assert_eq!(replay(&["--since", "1h", "--when", "status = \"read\""]).await["replayed"], 5);
-    inbox.wait_for_events("HTTP", 15).await;
+    inbox.wait("five again", |arrived| arrived.all.len() == 15).await;
     assert_eq!(replay(&["--until", "1h"]).await, json!({ "replayed": 0, "scanned": 10 }));
     assert_eq!(replay(&["--rate", "20"]).await["replayed"], 10);
-    let arrived = inbox.wait_for_events("HTTP", 25).await;
+    let arrived = inbox.wait("all again", |arrived| arrived.all.len() == 25).await;
     assert_eq!(arrived.ids.len(), 10);
     let wrong = relay.command(&["replay", "--sink", "http", "--when", "staus = \"read\""]).await;
     assert!(wrong.code == Some(1) && wrong.stderr.contains("did you mean `status`?"), "{wrong:?}");

@@ -107,12 +107,6 @@ async fn parked_deliveries_survive_restarts_in_order() {
     assert_eq!((arrived.all.len(), inbox.now().all.len()), (5, 5), "each once");
     let orders = arrived.orders();
     assert_eq!(orders["wamid.00000001"], [&*posted[0], &posted[2], &posted[3]]);
-    assert!(
-        arrived
-            .all
-            .iter()
-            .all(|arrival| arrival.field("/message_id") == "wamid.00000001" || arrival.header("relay-attempt") != "")
-    );
     let relay = setup.start().await;
     relay.stop().await;
     assert_eq!(inbox.now().all.len(), 5, "none again after a clean stop");
