@@ -280,7 +280,7 @@ impl Lane {
         if self.breaker.probe_at().is_none_or(|at| now < at) {
             return;
         }
-        let fresh = match self.failing_parked < MAX_FAILED_PROBES {
+        let fresh = match self.may_probe_with_fresh() {
             true => self.ready.iter().position(|delivery| !delivery.is_parked()),
             false => None,
         };
@@ -295,6 +295,11 @@ impl Lane {
         } else if self.parking.total() > 0 && storing.is_none() && !self.settle_due && self.breaker.begin_probe(now) {
             *storing = Some(self.fetch(true));
         }
+    }
+
+    /// Each that fails is one more that is parked; with enough of them, they are probed with.
+    fn may_probe_with_fresh(&self) -> bool {
+        self.failing_parked.min(self.parking.total()) < MAX_FAILED_PROBES
     }
 
     fn attempt(&mut self, delivery: Delivery) {
@@ -325,9 +330,7 @@ impl Lane {
         let wanted = match self.breaker.is_closed() {
             true => self.ready.len() < self.config.concurrency,
             false => {
-                self.under_way.is_empty()
-                    && self.failing_parked < MAX_FAILED_PROBES
-                    && self.ready.iter().all(Delivery::is_parked)
+                self.under_way.is_empty() && self.may_probe_with_fresh() && self.ready.iter().all(Delivery::is_parked)
             }
         };
         wanted

@@ -196,6 +196,23 @@ async fn a_sink_that_is_away_costs_a_cursor() {
     relay.stop().await;
 }
 
+/// Deliveries that all end as dead letters while the sink is away leave a lane that still finds out when it is back.
+#[tokio::test]
+async fn a_lane_goes_on_after_all_that_it_probed_with_is_dead() {
+    let (server, inbox, up) = switched().await;
+    let delivery =
+        "max_attempts = 2, schedule = [\"10ms\"], concurrency = 200, breaker = { failures = 3, probe = \"10ms\" }";
+    let setup = Setup::new(&(sink("http", &server, delivery) + &all_to(&["http"])));
+    let relay = setup.start().await;
+    let events: Vec<_> = (0..150).map(|number| event(number, "sent")).collect();
+    relay.post(format!("[{}]", events.join(","))).await.ids();
+    relay.sink_is("http", "has given up on all", |sink| sink["dead_letters"] == 150).await;
+    up.store(true, Ordering::Relaxed);
+    let posted = post(&relay, &[(1000, "sent")]).await;
+    inbox.wait_for_ids("HTTP", posted).await;
+    relay.stop().await;
+}
+
 /// At `max_parked` the lane reads no further, and goes on when there is room again.
 #[tokio::test]
 async fn max_parked_bounds_what_is_parked() {
