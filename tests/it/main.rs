@@ -29,6 +29,8 @@ mod operating;
 #[cfg(test)]
 mod outage;
 #[cfg(test)]
+mod python;
+#[cfg(test)]
 mod rabbitmq;
 #[cfg(test)]
 mod recovery;
