@@ -66,7 +66,11 @@ pub async fn run(
     let sinks = rules.sinks.len();
     let (started, operated) = Relay::start(&config, rules, &shutdown).await?;
     let (ingress, admin) = (listeners.ingress.local_addr()?, listeners.admin.local_addr()?);
-    let operating = tokio::spawn(admin::serve(config.admin, listeners.admin, operated));
+    let operating = tokio::spawn(async move {
+        if let Err(error) = admin::serve(config.admin, listeners.admin, operated).await {
+            error!(%error, "the admin side has ended; events are delivered nevertheless");
+        }
+    });
     info!(listen = %ingress, path = %config.ingress.path, sinks, %admin, "accepting webhooks");
     let result = started.serve(listeners.ingress, shutdown, config.shutdown).await;
     operating.abort();
