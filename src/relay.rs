@@ -120,7 +120,7 @@ impl Relay {
                 "the ledger knows no sink, and the journal has events: every sink begins with the oldest that is kept"
             );
         }
-        let mut beginnings = Beginnings { journal: &mut journal, ledger: &ledger, progress, knew_none };
+        let mut beginnings = Beginnings { journal: &journal, ledger: &ledger, progress, knew_none };
         let (mut lanes, mut controls, mut sinks) = (JoinSet::new(), Vec::new(), Vec::new());
         for sink_rules in &rules.sinks {
             let Some(id) = rules.table.sink(&sink_rules.name) else { continue };
@@ -222,7 +222,7 @@ impl Relay {
 
 /// Finds where each lane goes on.
 struct Beginnings<'a> {
-    journal: &'a mut Journal,
+    journal: &'a Journal,
     ledger: &'a Ledger,
     /// What the ledger knows, less the lanes that have begun.
     progress: HashMap<String, Progress>,

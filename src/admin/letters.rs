@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use utoipa::{IntoParams, ToSchema};
 
 use super::problem::{Failed, Json, Path, Problem, Query};
-use super::{Operated, Shared, time};
+use super::{BULK_LIMIT, Operated, Shared, limit, time};
 use crate::event::{Event, Field, rfc3339};
 use crate::journal::Position;
 use crate::ledger::{Filter, Letter, Millis};
@@ -21,10 +21,6 @@ use crate::routing::{Scratch, UNROUTED};
 
 /// How many a list has, unless it is asked for more.
 const LIST_LIMIT: usize = 100;
-/// How many are replayed or discarded by one request, unless it asks for more.
-const BULK_LIMIT: usize = 1000;
-/// The most that a request can ask for.
-const MAX_LIMIT: usize = 10_000;
 /// How many are written together.
 const CHUNK: usize = 500;
 /// How often in a second a rate lets some through.
@@ -305,14 +301,6 @@ pub(super) async fn discard_all(
 async fn one(operated: &Operated, id: i64) -> Result<Letter, Problem> {
     let letter = operated.letters(move |letters| letters.get(id)).await?;
     letter.ok_or_else(|| Problem::not_found(format!("there is no dead letter {id}; it may be replayed or discarded")))
-}
-
-fn limit(asked: Option<usize>, default: usize) -> Result<usize, Problem> {
-    let limit = asked.unwrap_or(default);
-    if (1..=MAX_LIMIT).contains(&limit) {
-        return Ok(limit);
-    }
-    Err(Problem::bad_request(format!("`limit` is {limit}; it must be from 1 to {MAX_LIMIT}")))
 }
 
 /// Dead letters, a few at a time, by number.

@@ -37,6 +37,11 @@ use crate::rules::Rules;
 use guard::Bearer;
 use problem::Problem;
 
+/// How many a request takes that replays or discards, unless it asks for more.
+const BULK_LIMIT: usize = 1000;
+/// The most that a request can ask for.
+const MAX_LIMIT: usize = 10_000;
+
 /// The `[admin]` settings.
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -108,6 +113,15 @@ impl Operated {
         let result = tokio::task::spawn_blocking(move || Letters::open(&file).and_then(read)).await;
         result.map_err(Problem::internal)?.map_err(Problem::from)
     }
+}
+
+/// How many a request takes: what it asks for, or `default`.
+fn limit(asked: Option<usize>, default: usize) -> Result<usize, Problem> {
+    let limit = asked.unwrap_or(default);
+    if (1..=MAX_LIMIT).contains(&limit) {
+        return Ok(limit);
+    }
+    Err(Problem::bad_request(format!("`limit` is {limit}; it must be from 1 to {MAX_LIMIT}")))
 }
 
 #[derive(OpenApi)]

@@ -6,15 +6,12 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::problem::{Failed, Json, Problem};
-use super::{Operated, Shared, time};
+use super::{BULK_LIMIT, Operated, Shared, limit, time};
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Start};
 use crate::ledger::{Millis, millis};
 use crate::routing::{Scratch, SinkId, When};
 
-/// How many events one request sends again, unless it asks for more, and the most that it can ask for.
-const LIMIT: usize = 1000;
-const MAX_LIMIT: usize = 10_000;
 /// How much of the journal one request reads, in bytes.
 const MAX_READ: u64 = 64 << 20;
 /// How much is read at once.
@@ -75,10 +72,7 @@ pub(super) async fn replay(
     Json(replay): Json<Replay>,
 ) -> Result<Json<Replayed>, Problem> {
     let lane = operated.lane(&replay.sink)?;
-    let limit = replay.limit.unwrap_or(LIMIT);
-    if !(1..=MAX_LIMIT).contains(&limit) {
-        return Err(Problem::bad_request(format!("`limit` is {limit}; it must be from 1 to {MAX_LIMIT}")));
-    }
+    let limit = limit(replay.limit, BULK_LIMIT)?;
     let when = replay.when.as_ref().map(When::from_json).transpose().map_err(Problem::bad_request)?;
     let end = operated.journal.end();
     let up_to = replay.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));

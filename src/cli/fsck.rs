@@ -53,10 +53,6 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn is_damage(finding: &&Finding) -> bool {
-    finding.kind != Kind::Foreign
-}
-
 impl Found {
     fn look(dir: &Path) -> anyhow::Result<Self> {
         let file = dir.join("ledger.sqlite");
@@ -83,8 +79,7 @@ impl Found {
     }
 
     fn is_clean(&self) -> bool {
-        let undamaged = !self.journal.findings().iter().any(|finding| is_damage(&finding));
-        undamaged && self.ledger.problems.is_empty() && self.disagreements.is_empty()
+        !self.journal.needs_repair() && self.ledger.problems.is_empty() && self.disagreements.is_empty()
     }
 
     /// Repairs; what was done, in sentences.
@@ -92,7 +87,7 @@ impl Found {
         let (quarantine, file) = (dir.join("quarantine"), dir.join("ledger.sqlite"));
         let mut done = Vec::new();
         if self.journal.needs_repair() {
-            let findings = self.journal.findings().iter().filter(is_damage).count();
+            let findings = self.journal.findings().iter().filter(|finding| finding.kind != Kind::Foreign).count();
             self.journal.repair(&quarantine).context("can't repair the journal")?;
             done.push(format!("journal: {findings} repaired; what was damaged is in {}", quarantine.display()));
         }

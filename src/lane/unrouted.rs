@@ -69,15 +69,14 @@ impl Unrouted {
         });
         let letters: Vec<_> = letters.collect();
         self.read_to = batch.read_to;
-        if !letters.is_empty() {
-            if let Some(suppressed) = self.warnings.admit(Instant::now()) {
-                warn!(
-                    events = letters.len(),
-                    suppressed, "no route matches; the events are dead letters of the sink unrouted"
-                );
-            }
-            self.write(letters).await;
-        } else if self.written_at.elapsed() > SETTLE_INTERVAL {
+        let found = !letters.is_empty();
+        if found && let Some(suppressed) = self.warnings.admit(Instant::now()) {
+            warn!(
+                events = letters.len(),
+                suppressed, "no route matches; the events are dead letters of the sink unrouted"
+            );
+        }
+        if found || self.written_at.elapsed() > SETTLE_INTERVAL {
             self.write(letters).await;
         }
     }
