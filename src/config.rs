@@ -1,8 +1,9 @@
 //! The settings: built-in defaults, then `relay.toml`, then `RELAY_…` variables. Each part owns its own table; this
 //! module only puts them together and says what is wrong with all of them.
 
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use figment::error::{Actual, Kind};
 use figment::providers::{Format as _, Toml};
@@ -12,7 +13,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 use serde::Deserialize;
 
 use crate::document::{Lookup, resolved};
-use crate::{admin, ingress, journal, telemetry};
+use crate::{admin, ingress, journal, telemetry, tls};
 
 /// The file that is read if it is there.
 pub const DEFAULT_FILE: &str = "relay.toml";
@@ -90,6 +91,35 @@ impl Config {
         Self::compose(path.exists().then_some(path), variables, lookup)
     }
 
+    /// The files that the settings name, beside those of `${file:…}`.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.ingress.files().chain(self.admin.files())
+    }
+
+    /// Looks into the certificate files that the settings name; returns warnings. Commands that don't serve need not be
+    /// able to read them.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] with what is wrong.
+    pub fn check_certificates(&self) -> Result<Vec<String>, ConfigError> {
+        let (mut warnings, mut problems) = (Vec::new(), Vec::new());
+        for (setting, tls) in [("ingress.tls", &self.ingress.tls), ("admin.tls", &self.admin.tls)] {
+            match tls.as_ref().map(tls::Server::load) {
+                Some(Ok(server)) if server.expires() <= SystemTime::now() => {
+                    let expires = humantime::format_rfc3339(server.expires());
+                    warnings.push(format!("{setting}: the certificate has expired at {expires}"));
+                }
+                Some(Err(error)) => {
+                    let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+                    problems.push(format!("{setting}: {error}{cause}"));
+                }
+                Some(Ok(_)) | None => {}
+            }
+        }
+        if problems.is_empty() { Ok(warnings) } else { Err(ConfigError(problems)) }
+    }
+
     /// The settings from a file and variables, whatever those of this process are.
     fn compose(
         file: Option<&Path>,
@@ -107,15 +137,31 @@ impl Config {
         Ok((config, warnings))
     }
 
+    /// The settings that differ and have no effect in a running relay.
+    pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
+        let settings = |config: &Self| {
+            [
+                ("data_dir", format!("{:?}", config.data_dir)),
+                ("ingress", format!("{:?}", config.ingress.unchangeable())),
+                ("journal", format!("{:?}", config.journal)),
+                ("admin.listen", config.admin.listen.to_string()),
+                ("shutdown", format!("{:?}", config.shutdown)),
+                ("telemetry", format!("{:?}", config.telemetry.unchangeable())),
+            ]
+        };
+        let both = settings(self).into_iter().zip(settings(new));
+        both.filter(|(old, new)| old != new).map(|((name, _), _)| name).collect()
+    }
+
     fn check(&self, warnings: &mut Vec<String>) -> Result<(), ConfigError> {
-        let auth = ingress::Auth::check(&self.ingress.auth).err().map(|error| error.to_string());
-        let problems: Vec<_> =
-            [self.ingress.problem(), auth, self.journal.problem(), self.admin.problem(), self.telemetry.problem()]
+        let mut problems = ingress::Access::problems(&self.ingress);
+        problems.extend(
+            [self.ingress.problem(), self.journal.problem(), self.admin.problem(), self.telemetry.problem()]
                 .into_iter()
-                .flatten()
-                .collect();
-        if self.telemetry.otlp_endpoint.is_some() {
-            warnings.push("telemetry.otlp_endpoint has no effect in this version".to_owned());
+                .flatten(),
+        );
+        if self.ingress.allow.is_none() && !self.ingress.trusted_proxies.is_empty() {
+            warnings.push("ingress.trusted_proxies has no effect without ingress.allow".to_owned());
         }
         if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
     }

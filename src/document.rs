@@ -7,25 +7,30 @@
 //!
 //! This part knows TOML and references. It does not know what any key means.
 
+mod fingerprint;
 mod reference;
 mod syntax;
+mod unresolved;
 
 use std::cell::RefCell;
 use std::fmt;
 use std::ops::Range;
 
 use serde::de::DeserializeOwned;
-use sha2::{Digest, Sha256};
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue, ValueDeserializer};
+use utoipa::ToSchema;
 
 use crate::template::Template;
 
 pub use reference::{Environment, Lookup, resolved};
 pub(crate) use reference::{Piece, pieces};
+pub use unresolved::{Unresolved, refers};
 
 /// Something wrong, or worth a warning, at a place in a file. Displays as `routes.toml:12:8: message`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = RulesProblem)]
 pub struct Problem {
     /// The file, as it was called in [`Document::parse`].
     pub file: String,
@@ -50,7 +55,8 @@ impl fmt::Display for Problem {
 }
 
 /// What a [`Problem`] means for the document.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Nothing of the document may be applied.
     Error,
@@ -66,14 +72,14 @@ pub struct Document<'l> {
     /// What could not be read because of a syntax error.
     lost: Vec<Range<usize>>,
     lookup: &'l dyn Lookup,
-    problems: RefCell<Vec<(usize, Severity, String)>>,
+    problems: RefCell<Vec<(Range<usize>, Severity, String)>>,
 }
 
 impl<'l> Document<'l> {
     /// Never fails: syntax errors become problems, and what could be parsed is there.
     pub fn parse(file: &str, source: &'l str, lookup: &'l dyn Lookup) -> Self {
         let syntax::Recovered { root, errors, lost } = syntax::parse(source);
-        let problems = errors.into_iter().map(|(at, message)| (at, Severity::Error, message)).collect();
+        let problems = errors.into_iter().map(|(at, message)| (at..at, Severity::Error, message)).collect();
         Self { file: file.to_owned(), source, root, lost, lookup, problems: RefCell::new(problems) }
     }
 
@@ -85,12 +91,12 @@ impl<'l> Document<'l> {
     /// All problems, in the file's order, each once.
     pub fn into_problems(self) -> Vec<Problem> {
         let mut found = self.problems.into_inner();
-        found.sort_by_key(|(at, ..)| *at);
-        found.dedup();
+        found.sort_by_key(|(at, ..)| at.start);
+        found.dedup_by(|one, other| one.0.start == other.0.start && (one.1, &one.2) == (other.1, &other.2));
         let mut line = 1;
         let mut line_start = 0;
         let mut problems = Vec::with_capacity(found.len());
-        for (at, severity, message) in found {
+        for (Range { start: at, .. }, severity, message) in found {
             let passed = self.source.get(line_start..at).unwrap_or_default();
             line += passed.matches('\n').count();
             line_start = passed.rfind('\n').map_or(line_start, |end| line_start + end + 1);
@@ -102,7 +108,7 @@ impl<'l> Document<'l> {
     }
 
     fn report(&self, place: &Place, severity: Severity, message: String) {
-        self.problems.borrow_mut().push((place.0.start, severity, message));
+        self.problems.borrow_mut().push((place.0.clone(), severity, message));
     }
 
     /// Whether unreadable text mentions the word: its absence elsewhere may be a consequence of that.
@@ -289,14 +295,6 @@ impl<'d> Section<'d> {
         &self.place
     }
 
-    /// A digest of the section's keys and values with `${…}` resolved: equal means an unchanged section (for reload),
-    /// wherever it stands and whatever comments it has.
-    pub fn fingerprint(&self) -> [u8; 32] {
-        let mut digest = Sha256::new();
-        digest_table(self.table, self.document.lookup, &mut digest);
-        digest.finalize().into()
-    }
-
     /// Says that the section's other keys can't be judged, since what they mean depends on one that is wrong.
     pub fn give_up(&mut self) {
         self.given_up = true;
@@ -457,41 +455,6 @@ pub fn unknown(what: &str, name: &str, known: &[&str]) -> String {
         Some(_) => format!("unknown {what} `{name}`; known are {}", known.join(", ")),
         None => format!("unknown {what} `{name}`"),
     }
-}
-
-fn digest_table(table: &DeTable<'_>, lookup: &dyn Lookup, digest: &mut Sha256) {
-    digest.update((table.len() as u64).to_be_bytes());
-    for (key, value) in table {
-        digest_text(b'k', key.get_ref(), digest);
-        digest_value(value.get_ref(), lookup, digest);
-    }
-}
-
-fn digest_value(value: &DeValue<'_>, lookup: &dyn Lookup, digest: &mut Sha256) {
-    match value {
-        DeValue::String(text) => {
-            digest_text(b's', &pieces(text, lookup).0.iter().map(Piece::value).collect::<String>(), digest);
-        }
-        DeValue::Integer(integer) => digest_text(b'i', &integer.to_string(), digest),
-        DeValue::Float(float) => digest_text(b'f', float.as_str(), digest),
-        DeValue::Boolean(boolean) => digest.update([b'b', u8::from(*boolean)]),
-        DeValue::Datetime(time) => digest_text(b'd', &time.to_string(), digest),
-        DeValue::Array(array) => {
-            digest.update(b"a");
-            digest.update((array.len() as u64).to_be_bytes());
-            array.iter().for_each(|value| digest_value(value.get_ref(), lookup, digest));
-        }
-        DeValue::Table(table) => {
-            digest.update(b"t");
-            digest_table(table, lookup, digest);
-        }
-    }
-}
-
-fn digest_text(tag: u8, text: &str, digest: &mut Sha256) {
-    digest.update([tag]);
-    digest.update((text.len() as u64).to_be_bytes());
-    digest.update(text);
 }
 
 #[cfg(test)]

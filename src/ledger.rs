@@ -118,6 +118,17 @@ impl Ledger {
         self.run(move |transaction| changes::settle(transaction, &lane, progress.as_ref(), &changes, now())).await
     }
 
+    /// How far a lane has come, if it is known.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`].
+    pub async fn progress(&self, lane: &str) -> Result<Option<Progress>, LedgerError> {
+        let lane = lane.to_owned();
+        let known = self.run(move |transaction| load_progress(transaction)).await?;
+        Ok(known.into_iter().find_map(|(name, progress)| (name == lane).then_some(progress)))
+    }
+
     /// A lane's parked deliveries that are due.
     ///
     /// # Errors
@@ -202,13 +213,13 @@ pub fn millis(time: SystemTime) -> Millis {
     Millis::try_from(since).unwrap_or(Millis::MAX)
 }
 
-fn load_progress(connection: &Connection) -> Result<HashMap<String, Progress>, LedgerError> {
+fn load_progress(connection: &Connection) -> rusqlite::Result<HashMap<String, Progress>> {
     let mut statement = connection.prepare("SELECT lane, position, ahead FROM cursors")?;
     let rows = statement.query_map([], |row| {
         let (cursor, ahead): (_, Vec<u8>) = (Position::from_stored(row.get(1)?), row.get(2)?);
         Ok((row.get(0)?, Progress::decode(cursor, &ahead)))
     })?;
-    Ok(rows.collect::<Result<_, _>>()?)
+    rows.collect()
 }
 
 /// Takes what has gathered, does it in one transaction, and answers; until it is told to end.

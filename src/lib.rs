@@ -12,7 +12,7 @@
 //! The parts in reading order: [`event`] is what moves; [`ingress`] takes it, [`journal`] keeps it, a [`lane`] carries
 //! it to its [`sink`] and notes in the [`ledger`] how far it has come; [`routing`] says which events are whose.
 //! [`relay`] puts them together. [`config`] and [`rules`] read what the user has written, by way of [`document`] and
-//! [`template`]; [`cli`] has the commands.
+//! [`template`]; [`signature`] and [`tls`] are what ingress, sinks and the admin side share; [`cli`] has the commands.
 
 pub mod admin;
 pub mod cli;
@@ -25,8 +25,11 @@ pub mod lane;
 pub mod ledger;
 pub mod pointer;
 pub mod relay;
+pub mod reload;
 pub mod routing;
 pub mod rules;
+pub mod signature;
 pub mod sink;
 pub mod telemetry;
 pub mod template;
+pub mod tls;

@@ -1,6 +1,9 @@
 //! The running relay: opens what is on disk, starts the parts, and ends them in the right order.
 
-use std::collections::HashMap;
+mod lanes;
+mod metrics;
+mod reloads;
+
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::net::TcpListener;
@@ -10,21 +13,25 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::watch;
-use tokio::task::{JoinError, JoinSet};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{error, info, warn};
 
 use crate::admin::{self, Operated};
 use crate::config::{Config, ShutdownConfig};
-use crate::ingress::{Auth, AuthError, Ingress};
+use crate::ingress::{Access, AccessError, Ingress};
 use crate::journal::recovery::{Finding, Kind};
-use crate::journal::{Health, Journal, OpenError, Position, Start};
-use crate::lane::{Beginning, Lane, Phase, Remains, StartAt, Unrouted};
-use crate::ledger::{Ledger, LedgerError, Opened, Progress};
+use crate::journal::{Health, Journal, OpenError, Position};
+use crate::lane::TooManyChanges;
+use crate::ledger::{Ledger, LedgerError, Opened};
+use crate::reload::{Loaded, Seen, Sources};
 use crate::routing::UNROUTED;
 use crate::rules::Rules;
-use crate::sink::{BuildError, Sink};
+use crate::sink::{BuildError, install_crypto_provider};
+use crate::telemetry::{Logs, Traces, TracesError};
+use lanes::Lanes;
+use metrics::Metrics;
+use reloads::{Gates, Reloads};
 
 /// How long sinks may take to close their connections.
 const SINK_CLOSE: Duration = Duration::from_secs(3);
@@ -52,22 +59,36 @@ pub struct Listeners {
     pub admin: TcpListener,
 }
 
+/// What a relay runs by, and where to look for changes of it.
+pub struct Origin {
+    /// Where it is written.
+    pub sources: Sources,
+    /// The files that were read.
+    pub seen: Seen,
+    /// Asks for a reload.
+    pub hangup: mpsc::Receiver<()>,
+    /// What is logged.
+    pub logs: Logs,
+}
+
 /// Runs until `shutdown` says to end.
 ///
 /// # Errors
 ///
 /// [`RunError`]: it could not start, or the journal failed, or a part ended that should not have.
 pub async fn run(
-    config: Config,
-    rules: Rules,
+    loaded: Loaded,
+    origin: Origin,
     listeners: Listeners,
     shutdown: watch::Receiver<Shutdown>,
 ) -> Result<(), RunError> {
+    let Loaded { config, rules, .. } = loaded;
     let sinks = rules.sinks.len();
-    let (started, operated) = Relay::start(&config, rules, &shutdown).await?;
+    let operators = admin::Gate::new(admin::Access::new(&config.admin)?);
+    let (started, operated) = Relay::start(&config, rules, origin, operators.clone(), &shutdown).await?;
     let (ingress, admin) = (listeners.ingress.local_addr()?, listeners.admin.local_addr()?);
     let operating = tokio::spawn(async move {
-        if let Err(error) = admin::serve(config.admin, listeners.admin, operated).await {
+        if let Err(error) = admin::serve(operators, listeners.admin, operated).await {
             error!(%error, "the admin side has ended; events are delivered nevertheless");
         }
     });
@@ -82,78 +103,73 @@ struct Relay {
     _lock: File,
     journal: Journal,
     ingress: Ingress,
-    lanes: JoinSet<(String, Remains)>,
-    sinks: Vec<Sink>,
-    phase: watch::Sender<Phase>,
+    lanes: Lanes,
+    reloads: Reloads,
     ledger: Ledger,
     ledger_thread: JoinHandle<()>,
+    traces: Option<Traces>,
 }
 
 impl Relay {
     async fn start(
         config: &Config,
         rules: Rules,
+        origin: Origin,
+        operators: admin::Gate,
         shutdown: &watch::Receiver<Shutdown>,
     ) -> Result<(Self, Operated), RunError> {
         let dir = &config.data_dir;
         let lock = lock_data_dir(dir)?;
-        let (auth, generated) = Auth::new(&config.ingress.auth, dir)?;
+        install_crypto_provider();
+        let traces = config.telemetry.traces()?;
+        let (access, generated) = Access::new(&config.ingress, dir)?;
         if let Some(path) = generated {
             info!(file = %path.display(), "no token is configured; senders need the one in this file");
         }
+        let metrics = Metrics::new()?;
         let ledger_file = dir.join("ledger.sqlite");
         let Opened { ledger, progress, thread: ledger_thread } = Ledger::open(&ledger_file)?;
-        let is_lane = |name: &str| match name {
-            UNROUTED => rules.table.keeps_unrouted(),
-            name => rules.sinks.iter().any(|sink| sink.name == name),
-        };
+        let is_lane = |name: &str| name == UNROUTED || rules.table.sink(name).is_some();
         let of_lanes = progress.iter().filter(|(name, _)| is_lane(name)).map(|(_, progress)| progress.cursor);
         let floor = progress.values().map(|progress| progress.cursor).max().unwrap_or(Position::ZERO);
         let needed = of_lanes.min().unwrap_or(floor);
-        let (mut journal, findings) =
-            Journal::open(&dir.join("journal"), &dir.join("quarantine"), &config.journal, needed, floor)?;
+        let (mut journal, findings) = Journal::open(
+            &dir.join("journal"),
+            &dir.join("quarantine"),
+            &config.journal,
+            needed,
+            floor,
+            metrics.journal,
+        )?;
         findings.iter().for_each(report);
-        let phase = watch::Sender::new(Phase::Running);
-        let knew_none = progress.is_empty();
-        if knew_none && journal.end() > journal.reader(Start::Earliest).position() {
-            error!(
-                "the ledger knows no sink, and the journal has events: every sink begins with the oldest that is kept"
-            );
-        }
-        let mut beginnings = Beginnings { journal: &journal, ledger: &ledger, progress, knew_none };
-        let (mut lanes, mut controls, mut sinks) = (JoinSet::new(), Vec::new(), Vec::new());
-        for sink_rules in &rules.sinks {
-            let Some(id) = rules.table.sink(&sink_rules.name) else { continue };
-            let (name, lane_config) = (sink_rules.name.clone(), sink_rules.lane.clone());
-            let beginning = beginnings.of(&name, lane_config.start).await?;
-            let sink = Sink::build(&name, &sink_rules.sink)?;
-            sinks.push(sink.clone());
-            let table = Arc::clone(&rules.table);
-            let (lane, control) = Lane::new(&name, sink, id, table, beginning, ledger.clone(), lane_config);
-            controls.push((name.clone(), control));
-            let phase = phase.subscribe();
-            lanes.spawn(async move { (name, lane.run(phase).await) });
-        }
-        if rules.table.keeps_unrouted() {
-            let beginning = beginnings.of(UNROUTED, StartAt::End).await?;
-            let (lane, phase) = (Unrouted::new(Arc::clone(&rules.table), beginning, ledger.clone()), phase.subscribe());
-            lanes.spawn(async move { (UNROUTED.to_owned(), lane.run(phase).await) });
-        }
-        beginnings.close_others(is_lane).await?;
+        let (grace, counts) = (config.shutdown.grace, metrics.lanes.clone());
+        let views = (journal.view(), ledger.clone());
+        let lanes = Lanes::start(rules, views, progress, grace, counts, traces.clone()).await?;
         journal.start()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let ingress = Ingress::start(&config.ingress, auth, &journal, cores)?;
+        let counts = metrics.ingress.clone();
+        let ingress = Ingress::start(&config.ingress, access, &journal, cores, counts, traces.as_ref())?;
+        let logs = origin.logs.clone();
+        let gates = Gates { ingress: ingress.gate(), admin: operators };
+        let certificates = certificates(&gates);
+        let (reloads, reload) = Reloads::new(origin, config.clone(), gates, metrics.reloads);
         let operated = Operated {
-            rules,
-            lanes: controls,
+            live: lanes.live(),
+            lanes: metrics.lanes,
             journal: journal.view(),
             ledger: ledger.clone(),
             ledger_file,
-            ingress: ingress.counts(),
+            ingress: metrics.ingress,
+            comparing: Arc::default(),
             unready: unready(&journal, shutdown.clone()),
+            reload,
+            logs,
+            registry: metrics.registry,
+            certificates,
+            streams: admin::Streams::default(),
             started: SystemTime::now(),
         };
-        Ok((Self { _lock: lock, journal, ingress, lanes, sinks, phase, ledger, ledger_thread }, operated))
+        Ok((Self { _lock: lock, journal, ingress, lanes, reloads, ledger, ledger_thread, traces }, operated))
     }
 
     async fn serve(
@@ -167,7 +183,7 @@ impl Relay {
             result = self.ingress.accept(listener) => result.map_err(RunError::from),
             () = asked_to_end(&mut shutdown, times.delay) => Ok(()),
             reason = failed(&mut health) => Err(RunError::Journal(reason)),
-            Some(ended) = self.lanes.join_next() => Err(RunError::ended(ended)),
+            error = self.reloads.run(&mut self.lanes) => Err(error),
         };
         let grace = if result.is_ok() { times.grace } else { FAILED_GRACE };
         if let Err(error) = &result {
@@ -179,16 +195,8 @@ impl Relay {
 
     /// Ends the parts in the order in which data moves, within the time that is left.
     async fn stop(mut self, deadline: Instant, mut shutdown: watch::Receiver<Shutdown>) {
-        self.phase.send_replace(Phase::Finishing);
         let mut remains = Vec::new();
-        let finish = async {
-            let lanes = async {
-                while let Some(ended) = self.lanes.join_next().await {
-                    remains.extend(ended.ok());
-                }
-            };
-            tokio::join!(self.ingress.stop(), lanes);
-        };
+        let finish = async { tokio::join!(self.ingress.stop(), self.lanes.finish(&mut remains)) };
         let now = shutdown.wait_for(|shutdown| *shutdown == Shutdown::Now);
         let finished = tokio::select! {
             finished = timeout_at(deadline, finish) => finished.is_ok(),
@@ -196,15 +204,9 @@ impl Relay {
         };
         if !finished {
             warn!("not everything finished in time; deliveries under way will be repeated");
-            self.phase.send_replace(Phase::Ending);
-            while let Some(ended) = self.lanes.join_next().await {
-                remains.extend(ended.ok());
-            }
+            self.lanes.abandon(&mut remains).await;
         }
-        let close = futures_util::future::join_all(self.sinks.iter().map(Sink::close));
-        if tokio::time::timeout(SINK_CLOSE, close).await.is_err() {
-            warn!("not every sink closed in time");
-        }
+        self.lanes.close().await;
         let (journal, ledger, ledger_thread) = (self.journal, self.ledger, self.ledger_thread);
         let closed = tokio::task::spawn_blocking(move || {
             journal.close();
@@ -213,51 +215,24 @@ impl Relay {
             drop(ledger_thread.join());
         });
         drop(closed.await);
-        for (sink, Remains { lag_events, parked }) in remains.into_iter().filter(|(name, _)| name != UNROUTED) {
-            info!(%sink, lag_events, parked, "sink stopped");
+        if let Some(traces) = self.traces {
+            traces.close().await;
+        }
+        for (sink, remains) in remains.into_iter().filter(|(name, _)| name != UNROUTED) {
+            info!(%sink, lag_events = remains.lag_events, parked = remains.parked, "sink stopped");
         }
         info!("stopped");
     }
 }
 
-/// Finds where each lane goes on.
-struct Beginnings<'a> {
-    journal: &'a Journal,
-    ledger: &'a Ledger,
-    /// What the ledger knows, less the lanes that have begun.
-    progress: HashMap<String, Progress>,
-    /// It is a new ledger: a sink that has no cursor is then not a new sink, or there are no events yet.
-    knew_none: bool,
-}
-
-impl Beginnings<'_> {
-    async fn of(&mut self, name: &str, start: StartAt) -> Result<Beginning, RunError> {
-        let Some(Progress { cursor, ahead }) = self.progress.remove(name) else {
-            let start = match start {
-                StartAt::End if !self.knew_none => Start::End,
-                StartAt::End | StartAt::Earliest => Start::Earliest,
-            };
-            let reader = self.journal.reader(start);
-            // A new sink's beginning must be known before the first event comes in.
-            let progress = Progress { cursor: reader.position(), ahead: Vec::new() };
-            self.ledger.settle(name, Some(progress), Vec::new()).await?;
-            return Ok(Beginning { reader, ahead: Vec::new(), parked: self.ledger.parked_keys(name).await? });
-        };
-        let reader = self.journal.reader(Start::At(cursor));
-        Ok(Beginning { reader, ahead, parked: self.ledger.parked_keys(name).await? })
-    }
-
-    /// Closes the lanes that are no more.
-    async fn close_others(self, is_lane: impl Fn(&str) -> bool) -> Result<(), RunError> {
-        for (name, Progress { cursor, .. }) in self.progress.into_iter().filter(|(name, _)| !is_lane(name)) {
-            let dead_letters = self.ledger.close_lane(&name).await?;
-            if name != UNROUTED {
-                let unread = self.journal.end().since(cursor);
-                warn!(sink = %name, unread, dead_letters, "a sink is no longer in the rules: its parked deliveries are dead letters, and the events that it has not read stay unread");
-            }
-        }
-        Ok(())
-    }
+/// Says when the listeners' certificates expire.
+fn certificates(gates: &Gates) -> Box<dyn Fn() -> Vec<(&'static str, SystemTime)> + Send + Sync> {
+    let gates = gates.clone();
+    Box::new(move || {
+        let listeners =
+            [("ingress", gates.ingress.certificate_expires()), ("admin", gates.admin.certificate_expires())];
+        listeners.into_iter().filter_map(|(listener, expires)| Some((listener, expires?))).collect()
+    })
 }
 
 /// Waits until the caller asks for the end, and for the delay that is due then.
@@ -341,9 +316,12 @@ pub enum RunError {
         /// The directory.
         dir: PathBuf,
     },
-    /// The token file.
+    /// Who may send.
     #[error(transparent)]
-    Auth(#[from] AuthError),
+    Access(#[from] AccessError),
+    /// Who may operate.
+    #[error(transparent)]
+    Admin(#[from] admin::AccessError),
     /// The ledger.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -353,6 +331,15 @@ pub enum RunError {
     /// A sink.
     #[error(transparent)]
     Sink(#[from] BuildError),
+    /// New rules.
+    #[error(transparent)]
+    Changes(#[from] TooManyChanges),
+    /// Metrics.
+    #[error("metrics can't be set up")]
+    Metrics(#[from] prometheus::Error),
+    /// Traces.
+    #[error(transparent)]
+    Traces(#[from] TracesError),
     /// Sockets and threads.
     #[error("the ingress can't be started")]
     Io(#[from] io::Error),
@@ -362,10 +349,4 @@ pub enum RunError {
     /// A lane.
     #[error("the lane of sink {0} ended unexpectedly")]
     Lane(String),
-}
-
-impl RunError {
-    fn ended(ended: Result<(String, Remains), JoinError>) -> Self {
-        Self::Lane(ended.map_or_else(|error| error.to_string(), |(name, _)| name))
-    }
 }

@@ -5,7 +5,9 @@ mod explain;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::document::{Document, Lookup, Problem, Severity};
+use sha2::{Digest as _, Sha256};
+
+use crate::document::{Document, Key, Lookup, Problem, Section, Severity, Unresolved};
 use crate::lane;
 use crate::routing::{Table, check_sink_name};
 use crate::sink;
@@ -22,7 +24,7 @@ pub struct Rules {
 }
 
 /// What `routes.toml` says about one sink.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct SinkRules {
     /// Its name.
     pub name: String,
@@ -30,6 +32,8 @@ pub struct SinkRules {
     pub sink: sink::Config,
     /// How its lane delivers.
     pub lane: lane::Config,
+    /// What the files hold that the sink is built from, as digests.
+    pub files: Vec<Option<[u8; 32]>>,
 }
 
 /// Rules that can't be used.
@@ -71,27 +75,87 @@ impl Rules {
     pub fn compile(file: &str, source: &str, lookup: &dyn Lookup) -> Result<(Self, Vec<Problem>), RulesError> {
         let document = Document::parse(file, source, lookup);
         let mut root = document.root();
-        let (mut sinks, mut names) = (Vec::new(), Vec::new());
-        for (key, mut section) in root.tables("sinks") {
-            if let Err(message) = check_sink_name(key.name) {
-                root.problem_at(&key.place, message);
-            }
-            let sink = sink::Config::read(&mut section);
-            let concurrency = sink.as_ref().map_or(1, sink::Config::default_concurrency);
-            let lane = lane::Config::read(&mut section, concurrency);
-            section.finish();
-            if let Some(sink) = sink {
-                sinks.push(SinkRules { name: key.name.to_owned(), sink, lane });
-            }
-            names.push(key);
-        }
+        let (sinks, names) = read_sinks(&mut root, lookup);
         let table = Table::read(&mut root, &names);
         root.finish();
-        let problems = document.into_problems();
-        if problems.iter().any(|problem| problem.severity == Severity::Error) {
-            return Err(RulesError::Problems { problems });
-        }
+        let problems = finished(document)?;
         Ok((Self { sinks, table: Arc::new(table) }, problems))
+    }
+}
+
+/// Compiles the routes of rules that will not run here. What is wrong with a sink is said too, except for what depends on
+/// its references: those need not be known.
+///
+/// # Errors
+///
+/// [`RulesError::Problems`] with everything that is wrong.
+pub fn routes_of(file: &str, source: &str, lookup: &dyn Lookup) -> Result<(Table, Vec<Problem>), RulesError> {
+    let document = Document::parse(file, source, lookup);
+    let mut root = document.root();
+    let (_, names) = read_sinks(&mut root, lookup);
+    document.forgive_references();
+    let table = Table::read(&mut root, &names);
+    root.finish();
+    let problems = finished(document)?;
+    Ok((table, problems))
+}
+
+/// Compiles the routes of rules that somebody else has sent. Looks no reference up, and takes the conditions that have
+/// some from `running`. Of sinks only the names are looked at.
+///
+/// # Errors
+///
+/// [`RulesError::Problems`] with everything that is wrong.
+pub fn routes_beside(file: &str, source: &str, running: &Table) -> Result<(Table, Vec<Problem>), RulesError> {
+    let document = Document::parse(file, source, &Unresolved);
+    let mut root = document.root();
+    let mut names = Vec::new();
+    for (key, _) in root.tables("sinks") {
+        check_name(&root, &key);
+        names.push(key);
+    }
+    let table = Table::read_beside(&mut root, &names, running);
+    root.finish();
+    let problems = finished(document)?;
+    Ok((table, problems))
+}
+
+/// The sinks that can be used, and the names of all.
+fn read_sinks<'d>(root: &mut Section<'d>, lookup: &dyn Lookup) -> (Vec<SinkRules>, Vec<Key<'d>>) {
+    let (mut sinks, mut names) = (Vec::new(), Vec::new());
+    for (key, mut section) in root.tables("sinks") {
+        check_name(root, &key);
+        let sink = sink::Config::read(&mut section);
+        let concurrency = sink.as_ref().map_or(1, sink::Config::default_concurrency);
+        let lane = lane::Config::read(&mut section, concurrency);
+        section.finish();
+        if let Some(sink) = sink {
+            let files = sink.files().iter().map(|path| digest(path, lookup)).collect();
+            sinks.push(SinkRules { name: key.name.to_owned(), sink, lane, files });
+        }
+        names.push(key);
+    }
+    (sinks, names)
+}
+
+/// Of a file that can't be read there is none; building the sink says why.
+fn digest(path: &Path, lookup: &dyn Lookup) -> Option<[u8; 32]> {
+    let content = lookup.file(path.to_str()?).ok()?;
+    Some(Sha256::digest(content).into())
+}
+
+fn check_name(root: &Section<'_>, key: &Key<'_>) {
+    if let Err(message) = check_sink_name(key.name) {
+        root.problem_at(&key.place, message);
+    }
+}
+
+/// The warnings, if there is nothing worse.
+fn finished(document: Document<'_>) -> Result<Vec<Problem>, RulesError> {
+    let problems = document.into_problems();
+    match problems.iter().any(|problem| problem.severity == Severity::Error) {
+        true => Err(RulesError::Problems { problems }),
+        false => Ok(problems),
     }
 }
 

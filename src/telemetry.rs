@@ -1,10 +1,18 @@
-//! Logs, on standard error: text for people, JSON for machines.
+//! Logs, on standard error: text for people, JSON for machines. And traces, where the settings ask for them.
+
+mod traces;
 
 use std::io::IsTerminal as _;
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use serde::Deserialize;
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+pub use traces::{Begin, Headers, OtlpProtocol, Span, Traces, TracesError};
 
 /// The `[telemetry]` settings.
 #[derive(Clone, Debug, Deserialize)]
@@ -14,8 +22,14 @@ pub struct Config {
     pub log: String,
     /// How lines look.
     pub log_format: LogFormat,
-    /// Where traces go. Has no effect yet.
+    /// The collector that traces go to; without it there are none.
     pub otlp_endpoint: Option<String>,
+    /// How they travel.
+    pub otlp_protocol: OtlpProtocol,
+    /// What the collector wants beside them, such as a token.
+    pub otlp_headers: Headers,
+    /// The part of requests that is traced, unless the sender has decided; 0 to 1.
+    pub trace_sample: f64,
 }
 
 /// How log lines look.
@@ -32,32 +46,89 @@ pub enum LogFormat {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { log: "info".to_owned(), log_format: LogFormat::Auto, otlp_endpoint: None }
+        Self {
+            log: "info".to_owned(),
+            log_format: LogFormat::Auto,
+            otlp_endpoint: None,
+            otlp_protocol: OtlpProtocol::Grpc,
+            otlp_headers: Headers::default(),
+            trace_sample: 1.0,
+        }
     }
 }
 
 impl Config {
     /// What is wrong with the settings, if anything.
     pub fn problem(&self) -> Option<String> {
-        self.filter().err().map(|error| format!("telemetry.log is {:?}: {error}", self.log))
+        let log = self.filter().err().map(|error| format!("telemetry.log is {:?}: {error}", self.log));
+        log.or_else(|| traces::problem(self))
     }
 
-    /// lapin logs returned messages with their bodies; the sink says what an operator needs of them.
+    /// The settings that have no effect in a running process, with the others left out.
+    pub fn unchangeable(&self) -> Self {
+        Self { log: String::new(), ..self.clone() }
+    }
+
+    /// Where spans go, if the settings ask for traces. Has to be called within a Tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// The settings can't be used.
+    pub fn traces(&self) -> Result<Option<Traces>, TracesError> {
+        self.otlp_endpoint.as_deref().map(|endpoint| Traces::new(self, endpoint)).transpose()
+    }
+
     fn filter(&self) -> Result<EnvFilter, ParseError> {
-        EnvFilter::try_new(format!("lapin=off,{}", self.log))
+        filter(&self.log)
     }
 
     /// Sends this process's logs to standard error. Without effect where somebody has set a subscriber already.
-    pub fn init(&self) {
-        let filter = self.filter().unwrap_or_default();
-        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    pub fn init(&self) -> Logs {
+        let (filter, handle) = reload::Layer::new(self.filter().unwrap_or_default());
+        let layer = fmt::layer().with_writer(std::io::stderr);
         let terminal = std::io::stderr().is_terminal();
         let json = match self.log_format {
             LogFormat::Auto => !terminal,
             LogFormat::Text => false,
             LogFormat::Json => true,
         };
+        let layer = if json { layer.json().flatten_event(true).boxed() } else { layer.with_ansi(terminal).boxed() };
         // A test may have set one up before.
-        drop(if json { builder.json().flatten_event(true).try_init() } else { builder.with_ansi(terminal).try_init() });
+        drop(Registry::default().with(filter).with(layer).try_init());
+        Logs { handle, directives: Arc::new(ArcSwap::from_pointee(self.log.clone())) }
+    }
+}
+
+/// lapin logs returned messages with their bodies; the sink says what an operator needs of them. h2 warns of what any client
+/// can do as often as it likes.
+fn filter(directives: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::try_new(format!("lapin=off,h2=error,{directives}"))
+}
+
+/// What this process logs, to be changed while it runs. Clones change the same.
+#[derive(Clone)]
+pub struct Logs {
+    handle: reload::Handle<EnvFilter, Registry>,
+    directives: Arc<ArcSwap<String>>,
+}
+
+impl Logs {
+    /// The level or directives in force.
+    pub fn directives(&self) -> String {
+        self.directives.load().as_ref().clone()
+    }
+
+    /// Logs by this level or these directives from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`ParseError`]: nothing has changed.
+    pub fn set(&self, directives: &str) -> Result<(), ParseError> {
+        let filter = filter(directives)?;
+        // It fails when the subscriber is gone: then nobody reads the logs.
+        if self.handle.reload(filter).is_ok() {
+            self.directives.store(Arc::new(directives.to_owned()));
+        }
+        Ok(())
     }
 }

@@ -13,7 +13,7 @@ use crate::event::{Event, EventId, Field};
 use crate::pointer::Pointer;
 
 /// A compiled template: literals, secrets, fields and JSON pointers.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct Template {
     parts: Vec<Part>,
     /// The whole text where no part depends on the event.
@@ -32,7 +32,7 @@ pub enum Escape {
     Url,
 }
 
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 enum Part {
     Literal(String),
     Secret { written: String, value: String },

@@ -54,5 +54,6 @@ pub(super) async fn explain(
 ) -> Result<Json<Vec<Explained>>, Problem> {
     let token = sender.token.unwrap_or_else(|| "aivo".to_owned());
     let events = event::sample(&body, &token).map_err(|error| Problem::bad_request(error.to_string()))?;
-    Ok(Json(events.iter().map(|event| operated.rules.explain(event)).collect()))
+    let live = operated.live.load();
+    Ok(Json(events.iter().map(|event| live.rules.explain(event)).collect()))
 }

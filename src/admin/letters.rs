@@ -405,7 +405,7 @@ impl Batch {
 /// Where the rules now send an event that no route matched.
 fn routed(operated: &Operated, letter: &Letter, scratch: &mut Scratch) -> Vec<String> {
     let Ok(event) = Event::decode(letter.record.clone()) else { return Vec::new() };
-    let table = &operated.rules.table;
+    let table = operated.table();
     let found = table.matches(&event, scratch).iter();
     found.filter_map(|found| table.sinks().get(found.sink.0).cloned()).collect()
 }

@@ -1,41 +1,63 @@
 //! The admin side: a server of its own, on its own port, for probes, operators and their tools.
 //!
-//! `/healthz` and `/readyz` answer anyone. Everything below `/api/v1` wants the bearer token, if there is one, and is
-//! described by `/api/v1/openapi.json`, which is made from the code. Errors are `application/problem+json` (RFC 9457).
+//! `/healthz`, `/readyz` and `/metrics` answer anyone: they show nothing of events. Everything below `/api/v1` wants the
+//! bearer token, if there is one, and is described by `/api/v1/openapi.json`, which is made from the code. Errors are
+//! `application/problem+json` (RFC 9457).
+//! `/` is a page for people that uses nothing but the API.
 //!
 //! Each file has the operations on one thing. None of them is on the way of an event: what they need of a lane they ask
 //! its [`Control`] for, and dead letters are read by a connection of their own.
 
+mod dashboard;
+mod diff;
+mod drain;
 mod explain;
+mod failures;
 mod guard;
 mod health;
 mod letters;
+mod logs;
+mod metrics;
 mod problem;
+mod reload;
 mod replay;
+mod routes;
+mod server;
 mod sinks;
+mod stream;
 mod time;
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use arc_swap::ArcSwap;
 use axum::Router;
 use axum::middleware::from_fn_with_state;
 use axum::routing::get;
+use prometheus::Registry;
 use serde::Deserialize;
+use tokio::sync::{Mutex, mpsc};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::ingress;
 use crate::journal;
-use crate::lane::Control;
+use crate::lane::{self, Control};
 use crate::ledger::{Ledger, LedgerError, Letters};
+use crate::routing::Table;
 use crate::rules::Rules;
+use crate::telemetry::Logs;
+use crate::tls;
 use guard::Bearer;
 use problem::Problem;
+
+pub use guard::{Access, AccessError, Gate};
+pub use reload::{Outcome, Reload, ReloadRequest};
+pub use stream::Streams;
 
 /// How many a request takes that replays or discards, unless it asks for more.
 const BULK_LIMIT: usize = 1000;
@@ -50,11 +72,13 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The bearer token; required unless `listen` is a loopback address.
     pub token: Option<String>,
+    /// TLS for the listener.
+    pub tls: Option<tls::Config>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9090)), token: None }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9090)), token: None, tls: None }
     }
 }
 
@@ -65,6 +89,11 @@ impl std::fmt::Debug for Config {
 }
 
 impl Config {
+    /// The files that [`Access`] is made of besides the settings.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.tls.iter().flat_map(tls::Config::files)
+    }
+
     /// What is wrong with the settings, if anything.
     pub fn problem(&self) -> Option<String> {
         if self.token.as_ref().is_some_and(|token| token.trim().is_empty()) {
@@ -76,22 +105,46 @@ impl Config {
     }
 }
 
-/// What the admin side knows of the relay.
-pub struct Operated {
-    /// What it runs by.
+/// What is in force until the rules change.
+pub struct Live {
+    /// The rules.
     pub rules: Rules,
     /// The lane of each sink, in the rules' order.
     pub lanes: Vec<(String, Control)>,
+    /// Since when.
+    pub loaded_at: SystemTime,
+    /// How the last attempt to change them went.
+    pub last_reload: Option<Reload>,
+}
+
+/// What the admin side knows of the relay.
+pub struct Operated {
+    /// What it runs by at present.
+    pub live: Arc<ArcSwap<Live>>,
     /// What the ingress counts.
-    pub ingress: ingress::Counts,
+    pub ingress: ingress::Metrics,
+    /// What the lanes count.
+    pub lanes: lane::Metrics,
     /// The journal, to be read.
     pub journal: journal::View,
     /// The ledger, and its file.
     pub ledger: Ledger,
     /// Where the ledger is.
     pub ledger_file: PathBuf,
+    /// Held while rules are compared: that reads the whole journal, and has to wait its turn.
+    pub comparing: Arc<Mutex<()>>,
     /// Why events would not be accepted, if so.
     pub unready: Box<dyn Fn() -> Option<String> + Send + Sync>,
+    /// Reloads settings and rules.
+    pub reload: mpsc::Sender<ReloadRequest>,
+    /// What is logged.
+    pub logs: Logs,
+    /// What the parts count.
+    pub registry: Registry,
+    /// When the certificates of the listeners expire.
+    pub certificates: Box<dyn Fn() -> Vec<(&'static str, SystemTime)> + Send + Sync>,
+    /// Who is told what it is doing.
+    pub streams: Streams,
     /// When the relay started.
     pub started: SystemTime,
 }
@@ -99,9 +152,15 @@ pub struct Operated {
 type Shared = Arc<Operated>;
 
 impl Operated {
-    fn lane(&self, name: &str) -> Result<&Control, Problem> {
-        let lane = self.lanes.iter().find(|(lane, _)| lane == name).map(|(_, control)| control);
+    fn lane(&self, name: &str) -> Result<Control, Problem> {
+        let live = self.live.load();
+        let lane = live.lanes.iter().find(|(lane, _)| lane == name).map(|(_, control)| control.clone());
         lane.ok_or_else(|| Problem::not_found(format!("no sink is called {name:?}; see /api/v1/sinks")))
+    }
+
+    /// The routes that the relay runs by at present.
+    fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.live.load().rules.table)
     }
 
     /// Reads dead letters, on a thread for blocking work.
@@ -138,13 +197,16 @@ fn limit(asked: Option<usize>, default: usize) -> Result<usize, Problem> {
 struct Document;
 
 /// Everything that is served.
-fn router(operated: Shared, token: Option<&str>) -> Router {
+fn router(operated: Shared, gate: Gate) -> Router {
     let (api, document) = OpenApiRouter::with_openapi(Document::openapi())
-        .routes(routes!(sinks::status))
+        .routes(routes!(sinks::show_status))
         .routes(routes!(sinks::list))
         .routes(routes!(sinks::show))
         .routes(routes!(sinks::pause))
         .routes(routes!(sinks::resume))
+        .routes(routes!(stream::watch))
+        .routes(routes!(failures::list))
+        .routes(routes!(routes::list))
         .routes(routes!(letters::list))
         .routes(routes!(letters::show, letters::discard))
         .routes(routes!(letters::replay))
@@ -152,14 +214,20 @@ fn router(operated: Shared, token: Option<&str>) -> Router {
         .routes(routes!(letters::discard_all))
         .routes(routes!(replay::replay))
         .routes(routes!(explain::explain))
+        .routes(routes!(reload::reload))
+        .routes(routes!(drain::drain))
+        .routes(routes!(logs::show, logs::change))
+        .routes(routes!(diff::compare))
         .split_for_parts();
     let api = api.route(
         "/api/v1/openapi.json",
         get(|| async move { ([("content-type", "application/json")], document.to_json().unwrap_or_default()) }),
     );
-    api.layer(from_fn_with_state(guard::Guard::new(token), guard::check))
+    api.layer(from_fn_with_state(gate, guard::check))
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
+        .route("/metrics", get(metrics::metrics))
+        .merge(dashboard::router())
         .fallback(|| async { Problem::not_found("there is nothing here; see /api/v1/openapi.json") })
         .method_not_allowed_fallback(|| async { Problem::method_not_allowed() })
         .with_state(operated)
@@ -170,8 +238,9 @@ fn router(operated: Shared, token: Option<&str>) -> Router {
 /// # Errors
 ///
 /// The listener can't be used.
-pub async fn serve(config: Config, listener: std::net::TcpListener, operated: Operated) -> io::Result<()> {
+pub async fn serve(gate: Gate, listener: std::net::TcpListener, operated: Operated) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    axum::serve(listener, router(Arc::new(operated), config.token.as_deref())).await
+    server::serve(listener, router(Arc::new(operated), gate.clone()), gate).await;
+    Ok(())
 }

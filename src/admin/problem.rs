@@ -60,6 +60,10 @@ impl Problem {
         Self::new(StatusCode::CONFLICT, detail)
     }
 
+    pub(super) fn unavailable(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+    }
+
     pub(super) fn method_not_allowed() -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "the path is right, the method is not; see the header Allow")
     }
@@ -80,7 +84,7 @@ impl IntoResponse for Problem {
 
 impl From<Stopped> for Problem {
     fn from(stopped: Stopped) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, stopped.to_string())
+        Self::unavailable(stopped.to_string())
     }
 }
 

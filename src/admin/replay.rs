@@ -1,16 +1,19 @@
 //! Sending events again that the journal still keeps.
 
+use std::sync::Arc;
+
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::problem::{Failed, Json, Problem};
+use super::time::Period;
 use super::{BULK_LIMIT, Operated, Shared, limit, time};
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Start};
-use crate::ledger::{Millis, millis};
-use crate::routing::{Scratch, SinkId, When};
+use crate::ledger::Millis;
+use crate::routing::{Scratch, SinkId, Table, When};
 
 /// How much of the journal one request reads, in bytes.
 const MAX_READ: u64 = 64 << 20;
@@ -76,16 +79,13 @@ pub(super) async fn replay(
     let when = replay.when.as_ref().map(When::from_json).transpose().map_err(Problem::bad_request)?;
     let end = operated.journal.end();
     let up_to = replay.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));
-    let sink =
-        operated.rules.table.sink(&replay.sink).ok_or_else(|| Problem::internal("the sink is not in the rules"))?;
-    let search = Search { sink, since: replay.since, until: replay.until, when, up_to, limit };
+    let table = operated.table();
+    let sink = table.sink(&replay.sink).ok_or_else(|| Problem::internal("the sink is not in the rules"))?;
+    let period = Period { since: replay.since, until: replay.until };
+    let start = replay.from.map_or_else(|| period.start(), |from| Start::At(Position::from_stored(from)));
+    let search = Search { table, sink, period, when, up_to, limit };
     lane.has_room().await?;
-    let start = match (replay.from, replay.since) {
-        (Some(from), _) => Start::At(Position::from_stored(from)),
-        (None, Some(since)) => Start::WrittenSince(time::system(since)),
-        (None, None) => Start::Earliest,
-    };
-    let shared = std::sync::Arc::clone(&operated);
+    let shared = Arc::clone(&operated);
     let found = tokio::task::spawn_blocking(move || search.run(&shared, start)).await.map_err(Problem::internal)?;
     let Found { events, scanned, next } = found.map_err(Problem::internal)?;
     let replayed = events.len();
@@ -97,9 +97,9 @@ pub(super) async fn replay(
 }
 
 struct Search {
+    table: Arc<Table>,
     sink: SinkId,
-    since: Option<Millis>,
-    until: Option<Millis>,
+    period: Period,
     when: Option<When>,
     up_to: Position,
     limit: usize,
@@ -125,7 +125,7 @@ impl Search {
                 }
                 // What can't be read is a dead letter already.
                 if let Ok(event) = Event::decode(record)
-                    && self.wants(operated, &event, &mut scratch)
+                    && self.wants(&event, &mut scratch)
                 {
                     events.push((position, event.detached()));
                 }
@@ -136,11 +136,9 @@ impl Search {
         Ok(Found { events, scanned: next.since(begin), next })
     }
 
-    fn wants(&self, operated: &Operated, event: &Event, scratch: &mut Scratch) -> bool {
-        let received = millis(event.received_at());
-        self.since.is_none_or(|since| received >= since)
-            && self.until.is_none_or(|until| received < until)
-            && operated.rules.table.route_to(event, self.sink, scratch).is_some()
+    fn wants(&self, event: &Event, scratch: &mut Scratch) -> bool {
+        self.period.has(event)
+            && self.table.route_to(event, self.sink, scratch).is_some()
             && self.when.as_ref().is_none_or(|when| when.holds(event))
     }
 }

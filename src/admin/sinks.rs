@@ -8,7 +8,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::problem::{Failed, Json, Path, Problem};
-use super::{Operated, Shared, time};
+use super::reload::Reloaded;
+use super::{Live, Operated, Shared, time};
 use crate::event::rfc3339;
 use crate::journal::Health;
 use crate::lane::{self, Control};
@@ -29,6 +30,7 @@ pub(super) struct Status {
     unready_because: Option<String>,
     ingress: IngressStatus,
     journal: JournalStatus,
+    rules: RulesStatus,
     sinks: Vec<SinkStatus>,
     /// How many dead letters each sink has, also `unrouted` and sinks that are no longer in the rules.
     dead_letters: BTreeMap<String, u64>,
@@ -50,6 +52,16 @@ struct JournalStatus {
     disk_bytes: u64,
     /// The position that the next event gets.
     end: i64,
+}
+
+/// The rules.
+#[derive(Serialize, ToSchema)]
+struct RulesStatus {
+    /// Since when those in force are.
+    #[schema(format = "date-time")]
+    loaded_at: String,
+    /// How the last attempt to change them went; null if there was none.
+    last_reload: Option<Reloaded>,
 }
 
 /// A sink.
@@ -108,10 +120,15 @@ pub(super) struct Sinks {
     path = "/api/v1/status",
     responses((status = 200, body = Status), Failed)
 )]
-pub(super) async fn status(State(operated): State<Shared>) -> Result<Json<Status>, Problem> {
-    let dead_letters = dead_letters(&operated).await?;
-    let sinks = sinks(&operated, &dead_letters).await?;
+pub(super) async fn show_status(State(operated): State<Shared>) -> Result<Json<Status>, Problem> {
+    status(&operated).await.map(Json)
+}
+
+pub(super) async fn status(operated: &Operated) -> Result<Status, Problem> {
+    let dead_letters = dead_letters(operated).await?;
+    let sinks = sinks(operated, &dead_letters).await?;
     let unready_because = (operated.unready)();
+    let live = operated.live.load_full();
     let state = match operated.journal.health() {
         Health::Serving => "serving",
         Health::Full(_) => "full",
@@ -119,17 +136,21 @@ pub(super) async fn status(State(operated): State<Shared>) -> Result<Json<Status
     };
     let (disk_bytes, end) = (operated.journal.disk_bytes(), operated.journal.end().to_stored());
     let uptime = SystemTime::now().duration_since(operated.started).unwrap_or_default();
-    Ok(Json(Status {
+    Ok(Status {
         version: env!("CARGO_PKG_VERSION"),
         started_at: rfc3339(operated.started),
         uptime_seconds: uptime.as_secs_f64(),
         ready: unready_because.is_none(),
         unready_because,
-        ingress: IngressStatus { resent: operated.ingress.resent() },
+        ingress: IngressStatus { resent: operated.ingress.resent_events() },
         journal: JournalStatus { state, disk_bytes, end },
+        rules: RulesStatus {
+            loaded_at: rfc3339(live.loaded_at),
+            last_reload: live.last_reload.as_ref().map(Reloaded::from),
+        },
         sinks,
         dead_letters: dead_letters.into_iter().collect(),
-    }))
+    })
 }
 
 /// What all sinks are doing.
@@ -190,28 +211,28 @@ pub(super) async fn resume(
 async fn one(operated: &Operated, name: &str) -> Result<SinkStatus, Problem> {
     let control = operated.lane(name)?;
     let dead_letters = dead_letters(operated).await?;
-    SinkStatus::of(operated, name, control, &dead_letters).await
+    SinkStatus::of(&operated.live.load_full(), name, &control, &dead_letters).await
 }
 
 async fn sinks(operated: &Operated, dead_letters: &HashMap<String, u64>) -> Result<Vec<SinkStatus>, Problem> {
-    let lanes = operated.lanes.iter();
-    let sinks = lanes.map(|(name, control)| SinkStatus::of(operated, name, control, dead_letters));
+    let live = operated.live.load_full();
+    let sinks = live.lanes.iter().map(|(name, control)| SinkStatus::of(&live, name, control, dead_letters));
     futures_util::future::join_all(sinks).await.into_iter().collect()
 }
 
-async fn dead_letters(operated: &Operated) -> Result<HashMap<String, u64>, Problem> {
+pub(super) async fn dead_letters(operated: &Operated) -> Result<HashMap<String, u64>, Problem> {
     operated.letters(|letters| letters.counts()).await
 }
 
 impl SinkStatus {
     async fn of(
-        operated: &Operated,
+        live: &Live,
         name: &str,
         control: &Control,
         dead_letters: &HashMap<String, u64>,
     ) -> Result<Self, Problem> {
         let lane = control.status().await?;
-        let kind = operated.rules.sinks.iter().find(|sink| sink.name == name).map(|sink| sink.sink.type_name());
+        let kind = live.rules.sinks.iter().find(|sink| sink.name == name).map(|sink| sink.sink.type_name());
         Ok(Self {
             name: name.to_owned(),
             kind: kind.unwrap_or_default(),
@@ -230,8 +251,8 @@ impl SinkStatus {
     }
 }
 
-impl From<lane::LastError> for LastError {
-    fn from(error: lane::LastError) -> Self {
+impl From<lane::Failure> for LastError {
+    fn from(error: lane::Failure) -> Self {
         Self { at: time::text(error.at), kind: error.kind, text: error.text }
     }
 }

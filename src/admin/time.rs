@@ -4,8 +4,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer};
 
-use crate::event::rfc3339;
-use crate::ledger::Millis;
+use crate::event::{Event, rfc3339};
+use crate::journal::Start;
+use crate::ledger::{Millis, millis};
 
 /// The time in RFC 3339.
 pub(super) fn text(time: Millis) -> String {
@@ -21,6 +22,24 @@ pub(super) fn system(time: Millis) -> SystemTime {
 pub(super) fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Millis>, D::Error> {
     let Some(text) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
     parse(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+/// When events were received: at or after the one, before the other.
+pub(super) struct Period {
+    pub(super) since: Option<Millis>,
+    pub(super) until: Option<Millis>,
+}
+
+impl Period {
+    /// Where in the journal to begin to look for them.
+    pub(super) fn start(&self) -> Start {
+        self.since.map_or(Start::Earliest, |since| Start::WrittenSince(system(since)))
+    }
+
+    pub(super) fn has(&self, event: &Event) -> bool {
+        let received = millis(event.received_at());
+        self.since.is_none_or(|since| received >= since) && self.until.is_none_or(|until| received < until)
+    }
 }
 
 fn parse(text: &str) -> Result<Millis, String> {

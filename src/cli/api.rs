@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
-use http::Method;
+use http::{Method, StatusCode};
 use reqwest::Url;
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -18,9 +18,15 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) struct Api {
     runtime: Runtime,
     client: reqwest::Client,
+    timeout: Duration,
     base: Url,
     token: Option<String>,
 }
+
+/// The relay can't use what is configured, or what it was given.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Refused(String);
 
 impl Api {
     pub(super) fn new(global: &Global) -> anyhow::Result<Self> {
@@ -32,14 +38,19 @@ impl Api {
                 if address.ip().is_unspecified() {
                     address.set_ip([127, 0, 0, 1].into());
                 }
-                format!("http://{address}")
+                let scheme = if config.admin.tls.is_some() { "https" } else { "http" };
+                format!("{scheme}://{address}")
             }
         };
         let base = Url::parse(&base).with_context(|| format!("--admin {base:?} is not a URL"))?;
-        crate::sink::install_crypto_provider();
-        let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build()?;
+        let client = super::client(global.admin_ca.as_deref(), global.admin_cert.as_deref())?.build()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { runtime, client, base, token: global.admin_token.clone().or(config.admin.token) })
+        Ok(Self { runtime, client, timeout: TIMEOUT, base, token: global.admin_token.clone().or(config.admin.token) })
+    }
+
+    /// With another time that answers may take.
+    pub(super) fn within(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
     pub(super) fn get(&self, path: &[&str], query: &[(&str, String)]) -> anyhow::Result<Value> {
@@ -48,6 +59,11 @@ impl Api {
 
     pub(super) fn post(&self, path: &[&str], body: &Value) -> anyhow::Result<Value> {
         self.call(Method::POST, path, &[], Some(body))
+    }
+
+    /// Posts without a body.
+    pub(super) fn ask(&self, path: &[&str], query: &[(&str, String)]) -> anyhow::Result<Value> {
+        self.call(Method::POST, path, query, None)
     }
 
     pub(super) fn delete(&self, path: &[&str]) -> anyhow::Result<Value> {
@@ -69,7 +85,7 @@ impl Api {
         if !query.is_empty() {
             url.query_pairs_mut().extend_pairs(query);
         }
-        let mut request = self.client.request(method, url);
+        let mut request = self.client.request(method, url).timeout(self.timeout);
         if let Some(token) = &self.token {
             request = request.bearer_auth(token);
         }
@@ -84,16 +100,23 @@ impl Api {
         let answer: Value = serde_json::from_slice(&content)
             .with_context(|| format!("what answers at {} ({status}) is not a relay's admin side", self.base))?;
         if !status.is_success() {
-            let detail = answer.get("detail").and_then(Value::as_str);
-            bail!("{}", detail.unwrap_or(status.as_str()));
+            let detail = answer.get("detail").and_then(Value::as_str).unwrap_or(status.as_str());
+            match status {
+                StatusCode::UNPROCESSABLE_ENTITY => bail!(Refused(detail.to_owned())),
+                _ => bail!("{detail}"),
+            }
         }
         Ok(answer)
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> anyhow::Error {
         let what = if error.is_timeout() { "gives no answer" } else { "can't be reached" };
+        let mut cause: &dyn std::error::Error = error;
+        while let Some(deeper) = cause.source() {
+            cause = deeper;
+        }
         anyhow!(
-            "the relay's admin side at {} {what}: is it running? Another address: --admin URL, or admin.listen in the settings",
+            "the relay's admin side at {} {what} ({cause}): is it running? Another address: --admin URL, or admin.listen in the settings",
             self.base
         )
     }

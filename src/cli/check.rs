@@ -6,19 +6,19 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use super::{BAD_CONFIGURATION, Global, print};
-use crate::document::{Problem, Severity};
+use crate::document::Severity;
 use crate::rules::RulesError;
 
 pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
-    let (config, warnings) = global.settings()?;
+    let (config, mut warnings) = global.settings()?;
+    warnings.extend(config.check_certificates()?);
     let (problems, counts) = match global.rules(&config) {
-        Ok((rules, problems)) => (problems, Some((rules.table.route_names().len(), rules.sinks.len()))),
+        Ok((rules, problems)) => (problems, Some((rules.table.routes().len(), rules.sinks.len()))),
         Err(RulesError::Problems { problems }) => (problems, None),
         Err(error) => return Err(error.into()),
     };
     let errors = problems.iter().filter(|problem| problem.severity == Severity::Error).count();
     if global.json {
-        let problems: Vec<_> = problems.iter().map(as_json).collect();
         print(&format!("{}\n", json!({ "ok": errors == 0, "problems": problems, "warnings": warnings })))?;
     } else {
         let mut text = String::new();
@@ -35,14 +35,4 @@ pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
         print(&text)?;
     }
     Ok(if errors == 0 { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIGURATION) })
-}
-
-fn as_json(problem: &Problem) -> serde_json::Value {
-    json!({
-        "file": problem.file,
-        "line": problem.line,
-        "column": problem.column,
-        "severity": if problem.severity == Severity::Error { "error" } else { "warning" },
-        "message": problem.message,
-    })
 }

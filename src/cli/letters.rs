@@ -5,11 +5,11 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::Subcommand;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, elements, number, table, text, time};
-use super::{Global, print};
+use super::{Global, bar, print};
 
 /// How many one request takes when no rate is asked for.
 const CHUNK: u64 = 1000;
@@ -175,7 +175,7 @@ impl Which {
         body.extend(filter.into_iter().map(|(name, value)| (name.to_owned(), json!(value))));
         body.insert("limit".to_owned(), json!(limit));
         let progress = if global.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
-        progress.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec} {eta}")?);
+        progress.set_style(bar()?);
         let mut done = Done::default();
         loop {
             let answer = api.post(&["dead-letters", action], &Value::Object(body.clone()))?;

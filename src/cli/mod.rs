@@ -2,23 +2,29 @@
 
 mod api;
 mod check;
+mod completions;
+mod diff;
+mod drain;
 mod explain;
 mod fsck;
 mod letters;
+mod reload;
 mod replay;
 mod run;
 mod send;
 mod status;
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressState, ProgressStyle};
 
 use crate::config::{Config, ConfigError};
 use crate::document::{Environment, Problem};
+use crate::reload::{LoadError, Sources};
 use crate::rules::{Rules, RulesError};
 
 /// Exit status for settings or rules that can't be used (`EX_USAGE`).
@@ -39,11 +45,14 @@ Examples:
   engage-relay                                   serve, with relay.toml and routes.toml of this folder if they are there
   engage-relay check --routes new-routes.toml    say everything that is wrong with a file of rules
   engage-relay explain event.json                say where an event would go, and what each sink would be sent
+  engage-relay diff new-routes.toml              say what other rules would change, by the events that are kept
   engage-relay send --count 1000 --rate 50       post sample events to a running relay
   engage-relay status --watch                    what the relay and its sinks are doing
   engage-relay dead-letters list --sink crm      what will not be tried again
   engage-relay dead-letters replay --sink crm    try it again
   engage-relay replay --sink crm --since 2h      send what was received in the last two hours again
+  engage-relay reload                            read the files again; that happens by itself when they change
+  engage-relay drain --timeout 10m               wait until everything is delivered
 
 Every setting can be given as a variable too: RELAY_INGRESS__LISTEN=0.0.0.0:8080";
 
@@ -62,6 +71,12 @@ struct Global {
     /// The token of the admin side [default: that of the settings]
     #[arg(long, global = true, value_name = "TOKEN")]
     admin_token: Option<String>,
+    /// PEM file with the authorities to trust on the admin side [default: the system's]
+    #[arg(long, global = true, value_name = "FILE")]
+    admin_ca: Option<PathBuf>,
+    /// PEM file with a client certificate and its private key for the admin side
+    #[arg(long, global = true, value_name = "FILE")]
+    admin_cert: Option<PathBuf>,
     /// Print JSON instead of text for people
     #[arg(long, global = true)]
     json: bool,
@@ -75,6 +90,8 @@ enum Command {
     Check,
     /// Say which routes an event matches and why, and what each sink would be sent
     Explain(explain::Arguments),
+    /// Say what other rules would change: which events each sink would gain and lose
+    Diff(diff::Arguments),
     /// Post realistic sample events, for trials and load
     Send(send::Arguments),
     /// Show what a running relay and its sinks are doing
@@ -88,8 +105,16 @@ enum Command {
     Pause(status::Sink),
     /// Go on after a pause
     Resume(status::Sink),
+    /// Let a running relay read settings, rules, secrets and certificates again; exit status 64 if they can't be used
+    Reload,
+    /// Wait until a running relay has delivered everything, before it is scaled in
+    Drain(drain::Arguments),
     /// Check what a stopped relay has on disk; exit status 1 if it is damaged
     Fsck(fsck::Arguments),
+    /// Print a script that completes commands and options in a shell
+    Completions(completions::Completions),
+    /// Write the manual pages
+    Man(completions::Manual),
 }
 
 /// Runs the command that the process was started with.
@@ -100,13 +125,18 @@ pub fn main() -> ExitCode {
         None | Some(Command::Run) => run::run(&arguments.global),
         Some(Command::Check) => check::run(&arguments.global),
         Some(Command::Explain(explain)) => explain::run(&arguments.global, &explain),
+        Some(Command::Diff(diff)) => diff::run(&arguments.global, &diff),
         Some(Command::Send(send)) => send::run(&arguments.global, &send),
         Some(Command::Status(status)) => status::run(&arguments.global, &status),
         Some(Command::DeadLetters(command)) => letters::run(&arguments.global, &command),
         Some(Command::Replay(replay)) => replay::run(&arguments.global, &replay),
+        Some(Command::Reload) => reload::run(&arguments.global),
+        Some(Command::Drain(drain)) => drain::run(&arguments.global, &drain),
         Some(Command::Pause(sink)) => status::switch(&arguments.global, "pause", &sink),
         Some(Command::Fsck(fsck)) => fsck::run(&arguments.global, &fsck),
         Some(Command::Resume(sink)) => status::switch(&arguments.global, "resume", &sink),
+        Some(Command::Completions(completions)) => completions::print_script(&completions),
+        Some(Command::Man(manual)) => completions::write_manual(&manual),
     };
     match result {
         Ok(code) => code,
@@ -116,7 +146,8 @@ pub fn main() -> ExitCode {
 
 /// Says what went wrong on standard error, and what exit status that is.
 fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
-    let configuration = error.is::<ConfigError>() || error.is::<RulesError>();
+    let configuration =
+        error.is::<ConfigError>() || error.is::<RulesError>() || error.is::<LoadError>() || error.is::<api::Refused>();
     let text = match configuration {
         true => error.to_string(),
         false => format!("{error:#}"),
@@ -128,18 +159,50 @@ fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
 }
 
 impl Global {
+    /// Where settings and rules are written.
+    fn sources(&self) -> Sources {
+        Sources { config: self.config.clone(), routes: self.routes.clone() }
+    }
+
     /// The settings, with the file of rules that the command line gives; and warnings.
     fn settings(&self) -> Result<(Config, Vec<String>), ConfigError> {
-        let (mut config, warnings) = Config::load(self.config.as_deref(), &Environment)?;
-        if let Some(routes) = &self.routes {
-            config.routes.clone_from(routes);
-        }
-        Ok((config, warnings))
+        self.sources().settings(&Environment)
     }
 
     fn rules(&self, config: &Config) -> Result<(Rules, Vec<Problem>), RulesError> {
         Rules::load(&config.routes, &Environment)
     }
+}
+
+/// A client that speaks HTTP to the relay and to no proxy. Each file is PEM: with `ca` those authorities are trusted and no
+/// others; `cert` is a client certificate with its key.
+fn client(ca: Option<&Path>, cert: Option<&Path>) -> anyhow::Result<reqwest::ClientBuilder> {
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("can't read {}", path.display()));
+    crate::sink::install_crypto_provider();
+    let mut client = reqwest::Client::builder().no_proxy();
+    if let Some(path) = ca {
+        let authorities = reqwest::Certificate::from_pem_bundle(&read(path)?).unwrap_or_default();
+        if authorities.is_empty() {
+            bail!("there is no PEM certificate in {}", path.display());
+        }
+        client = client.tls_certs_only(authorities);
+    }
+    if let Some(path) = cert {
+        let identity = reqwest::Identity::from_pem(&read(path)?);
+        let identity =
+            identity.with_context(|| format!("{} must have a certificate and its private key", path.display()))?;
+        client = client.identity(identity);
+    }
+    Ok(client)
+}
+
+/// How a long command shows how far it is.
+fn bar() -> anyhow::Result<ProgressStyle> {
+    let rate = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        // Whoever draws the bar has nowhere to say that it can't.
+        write!(out, "{:.0}/s", state.per_sec()).unwrap_or(());
+    };
+    Ok(ProgressStyle::with_template("{bar:40} {pos}/{len} {rate} {eta}")?.with_key("rate", rate))
 }
 
 /// Prints to standard output. A reader that has gone away (`| head`) is not an error.

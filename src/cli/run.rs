@@ -5,36 +5,39 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use super::Global;
-use crate::config::Config;
-use crate::relay::{self, Listeners, Shutdown};
-use crate::rules::Rules;
+use crate::relay::{self, Listeners, Origin, Shutdown};
+use crate::reload::{Loaded, Seen, Sources};
+use crate::telemetry::Logs;
 
 pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
-    let (config, warnings) = global.settings()?;
-    let (rules, problems) = global.rules(&config)?;
-    config.telemetry.init();
-    warnings.iter().for_each(|warning| warn!("{warning}"));
-    problems.iter().for_each(|problem| warn!("{problem}"));
+    let sources = global.sources();
+    let (loaded, seen) = sources.load();
+    let loaded = loaded?;
+    let logs = loaded.config.telemetry.init();
+    loaded.warnings.iter().for_each(|warning| warn!("{warning}"));
+    loaded.problems.iter().for_each(|problem| warn!("{problem}"));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("relay").build()?;
-    let result = runtime.block_on(serve(config, rules));
+    let result = runtime.block_on(serve(loaded, sources, seen, logs));
     // Whatever hangs in a thread for blocking work must not keep the process.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
 }
 
-async fn serve(config: Config, rules: Rules) -> anyhow::Result<()> {
+async fn serve(loaded: Loaded, sources: Sources, seen: Seen, logs: Logs) -> anyhow::Result<()> {
     let bind = |address: SocketAddr, setting| {
         TcpListener::bind(address).with_context(|| format!("can't listen on {address} ({setting})"))
     };
-    let ingress = bind(config.ingress.listen, "ingress.listen")?;
-    let admin = bind(config.admin.listen, "admin.listen")?;
+    let ingress = bind(loaded.config.ingress.listen, "ingress.listen")?;
+    let admin = bind(loaded.config.admin.listen, "admin.listen")?;
     let listeners = Listeners { ingress, admin };
     let shutdown = watch::Sender::new(Shutdown::No);
     let asked = shutdown.subscribe();
+    let (hung_up, hangup) = mpsc::channel(1);
+    let mut hangups = signal(SignalKind::hangup())?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let signals = async move {
         let first = tokio::select! {
@@ -51,8 +54,16 @@ async fn serve(config: Config, rules: Rules) -> anyhow::Result<()> {
         shutdown.send_replace(Shutdown::Now);
         std::future::pending::<()>().await;
     };
+    let reloads = async move {
+        while hangups.recv().await.is_some() {
+            // One that waits already is enough.
+            hung_up.try_send(()).unwrap_or(());
+        }
+    };
+    let origin = Origin { sources, seen, hangup, logs };
     tokio::select! {
-        result = relay::run(config, rules, listeners, asked) => Ok(result?),
+        result = relay::run(loaded, origin, listeners, asked) => Ok(result?),
         () = signals => Ok(()),
+        () = reloads => Ok(()),
     }
 }

@@ -9,17 +9,17 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use hdrhistogram::Histogram;
 use http::StatusCode;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{Global, print};
+use super::{Global, bar, print};
 use crate::config::Config;
-use crate::ingress::AuthConfig;
+use crate::ingress::{AuthConfig, Signed};
 
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -42,6 +42,12 @@ pub(super) struct Arguments {
     /// The token [default: the first of the settings, or the one that the relay made up]
     #[arg(long)]
     token: Option<String>,
+    /// PEM file with the authorities to trust [default: the system's]
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// PEM file with a client certificate and its private key
+    #[arg(long, value_name = "FILE")]
+    cert: Option<PathBuf>,
     /// How many requests at once
     #[arg(long, default_value_t = 16)]
     connections: u64,
@@ -68,6 +74,7 @@ struct Sender {
     client: reqwest::Client,
     url: reqwest::Url,
     token: Option<(String, String)>,
+    signed: Option<Signed>,
     next: AtomicU64,
     tally: Mutex<Tally>,
 }
@@ -82,10 +89,10 @@ struct Tally {
 
 impl Sender {
     fn new(arguments: &Arguments, config: &Config) -> anyhow::Result<Self> {
-        let url = arguments
-            .url
-            .clone()
-            .unwrap_or_else(|| format!("http://127.0.0.1:{}{}", config.ingress.listen.port(), config.ingress.path));
+        let url = arguments.url.clone().unwrap_or_else(|| {
+            let scheme = if config.ingress.tls.is_some() { "https" } else { "http" };
+            format!("{scheme}://127.0.0.1:{}{}", config.ingress.listen.port(), config.ingress.path)
+        });
         let url = url.parse().with_context(|| format!("--url {url:?} is not a URL"))?;
         let acked = arguments
             .acked
@@ -97,14 +104,16 @@ impl Sender {
             latencies_us: Histogram::new_with_bounds(1, MAX_LATENCY_US, 3)?,
             acked: acked.transpose()?,
         };
-        crate::sink::install_crypto_provider();
-        let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().tcp_nodelay(true).build()?;
-        Ok(Self { client, url, token: token(arguments, config)?, next: AtomicU64::new(0), tally: Mutex::new(tally) })
+        let client = super::client(arguments.ca.as_deref(), arguments.cert.as_deref())?;
+        let client = client.timeout(TIMEOUT).tcp_nodelay(true).build()?;
+        let signed = config.ingress.signature.as_ref().map(Signed::new).transpose().map_err(anyhow::Error::msg)?;
+        let (token, next, tally) = (token(arguments, config)?, AtomicU64::new(0), Mutex::new(tally));
+        Ok(Self { client, url, token, signed, next, tally })
     }
 
     async fn send(self, arguments: &Arguments, json: bool) -> anyhow::Result<Tally> {
         let progress = if json { ProgressBar::hidden() } else { ProgressBar::new(arguments.count) };
-        progress.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec} {eta}")?);
+        progress.set_style(bar()?);
         let started = tokio::time::Instant::now();
         let connections = (0..arguments.connections.clamp(1, arguments.count.max(1))).map(|_| async {
             loop {
@@ -117,7 +126,7 @@ impl Sender {
                     let due = Duration::from_secs_f64(number as f64 / rate);
                     tokio::time::sleep_until(started + due).await;
                 }
-                self.post(sample(arguments.seed, number)).await;
+                self.post(number, sample(arguments.seed, number)).await;
                 progress.inc(1);
             }
         });
@@ -126,12 +135,17 @@ impl Sender {
         Ok(self.tally.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    async fn post(&self, body: String) {
+    async fn post(&self, number: u64, body: String) {
         let started = Instant::now();
         let mut request =
             self.client.post(self.url.clone()).header("content-type", "application/json").body(body.clone());
         if let Some((header, token)) = &self.token {
             request = request.header(header, token);
+        }
+        if let Some(signed) = &self.signed {
+            for (header, value) in signed.sign(&format!("msg_{number}"), body.as_bytes(), SystemTime::now()) {
+                request = request.header(header, value);
+            }
         }
         let answer = match request.send().await {
             Ok(response) => {

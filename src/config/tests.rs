@@ -136,6 +136,11 @@ fn says_what_is_wrong_and_where() {
         &["ingress.max_body is ", "journal.max_disk is ", "admin.listen is 0.0.0.0:9090", "telemetry.log is "],
     );
     check("[ingress.auth]\ntokens = [{ name = 'a', value = ' ' }]\n", &[], &["the value of \"a\" is empty"]);
+    check(
+        "[ingress]\nallow = ['10.0.0.0/33']\nsignature = { scheme = 'standard-webhooks', secret = 'x' }\n",
+        &[],
+        &["ingress.allow: \"10.0.0.0/33\" is neither", "ingress.signature.secret: a signing secret starts with"],
+    );
     // References.
     check("[admin]\ntoken = '${NONE}'\n", &[], &["admin.token: the environment variable `NONE` is not set"]);
     check("[admin]\ntoken = '${file:/none}'\n", &[], &["cannot read the file `/none`"]);
@@ -143,8 +148,19 @@ fn says_what_is_wrong_and_where() {
 
 #[test]
 fn warns_of_what_has_no_effect() {
-    let (_, warnings) = load("[telemetry]\notlp_endpoint = 'http://localhost:4317'\n", &[]).unwrap();
-    assert_eq!(warnings, ["telemetry.otlp_endpoint has no effect in this version"]);
+    let (_, warnings) = load("[ingress]\ntrusted_proxies = ['10.0.0.0/8']\n", &[]).unwrap();
+    assert_eq!(warnings, ["ingress.trusted_proxies has no effect without ingress.allow"]);
+}
+
+#[test]
+fn traces_go_where_they_are_told_to() {
+    let file = "[telemetry]\notlp_endpoint = 'http://localhost:4318'\notlp_protocol = 'http'\ntrace_sample = 0.25\n\
+        otlp_headers = { authorization = 'Bearer ${TOKEN}' }\n";
+    let config = good(file, &[]);
+    assert_eq!(config.telemetry.otlp_protocol, telemetry::OtlpProtocol::Http);
+    assert!(!format!("{config:?}").contains("s3cret"), "{config:?}");
+    let problems = load("", &[("RELAY_TELEMETRY__TRACE_SAMPLE", "2")]).map(drop).unwrap_err();
+    assert!(problems[0].starts_with("telemetry.trace_sample is 2; "), "{problems:?}");
 }
 
 #[test]
@@ -155,6 +171,8 @@ fn never_shows_a_secret() {
         load(&tokens("['12345678']"), &[]),
         load(&format!("{}[ingress]\nmax_body = 1\n", tokens("'12345678'")), &[]),
         load("[admin]\nlisten = '0.0.0.0:1'\ntoken = 12345678\n", &[]),
+        load("[ingress]\nsignature = { scheme = 'hub-sha256', secret = 12345678 }\n", &[]),
+        load("[ingress]\nsignature = { scheme = 'standard-webhooks', secret = '12345678' }\n", &[]),
         load("", &[("RELAY_ADMIN__TOKEN", "12345678")]),
         load("", &[("RELAY_ADMIN__TOKEN", "[12345678]")]),
         load("", &[("RELAY_INGRESS__AUTH", "12345678")]),

@@ -1,4 +1,4 @@
-//! Who may send: named tokens, compared in constant time.
+//! By which tokens one may send: they have names, and are compared in constant time.
 
 use std::fmt;
 use std::fs;
@@ -99,7 +99,7 @@ impl<'de> Visitor<'de> for NoneOrTable {
 }
 
 /// The check of a request's token.
-pub struct Auth(Option<Tokens>);
+pub(super) struct Auth(Option<Tokens>);
 
 struct Tokens {
     header: HeaderName,
@@ -113,7 +113,7 @@ impl Auth {
     /// # Errors
     ///
     /// [`AuthError`]: the setting does not work, or the file can't be read or written.
-    pub fn new(config: &AuthConfig, data_dir: &Path) -> Result<(Self, Option<PathBuf>), AuthError> {
+    pub(super) fn new(config: &AuthConfig, data_dir: &Path) -> Result<(Self, Option<PathBuf>), AuthError> {
         Self::check(config)?;
         let AuthConfig::Tokens { header, tokens } = config else { return Ok((Self(None), None)) };
         let header = HeaderName::try_from(header.as_str()).map_err(|_| AuthError::Header(header.clone()))?;
@@ -133,7 +133,7 @@ impl Auth {
     /// # Errors
     ///
     /// [`AuthError`]: the setting does not work.
-    pub fn check(config: &AuthConfig) -> Result<(), AuthError> {
+    pub(super) fn check(config: &AuthConfig) -> Result<(), AuthError> {
         let AuthConfig::Tokens { header, tokens } = config else { return Ok(()) };
         HeaderName::try_from(header.as_str()).map_err(|_| AuthError::Header(header.clone()))?;
         for (index, token) in tokens.iter().enumerate() {

@@ -1,8 +1,9 @@
-//! One connection: HTTP/1.1 or cleartext HTTP/2, with a limit on every time it may take.
+//! One connection: HTTP/1.1 or HTTP/2, in cleartext or over TLS, with a limit on every time it may take.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -16,14 +17,16 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper::server::conn::{http1, http2};
 use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use super::Config;
 use super::handler::{Handler, REQUEST_TIMEOUT_RESPONSE};
+use crate::tls;
 
 /// The most bytes that a request's line and headers may take.
 const MAX_HEADER_BYTES: usize = 32 << 10;
@@ -31,7 +34,7 @@ const MAX_HEADER_BYTES: usize = 32 << 10;
 const MAX_HEADERS: usize = 64;
 /// The most requests that one HTTP/2 connection may have open.
 const MAX_STREAMS: u32 = 256;
-/// How long, and for how many bytes, a connection is read on after its last request was refused.
+/// How long, and for how many bytes, a connection goes on after its last request was refused.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 1 << 20;
 /// How an HTTP/2 connection begins. No HTTP/1 request does.
@@ -53,24 +56,59 @@ impl Limits {
 }
 
 /// Serves a connection until it ends, takes too long, or `stop` says that it has to end after the request at hand.
-pub(super) async fn serve(stream: TcpStream, handler: Arc<Handler>, limits: Limits, mut stop: watch::Receiver<bool>) {
+pub(super) async fn serve(
+    stream: TcpStream,
+    peer: IpAddr,
+    handler: Arc<Handler>,
+    limits: Limits,
+    mut stop: watch::Receiver<bool>,
+) {
     // Answers are small and complete: waiting to fill a packet only delays them.
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%error, "no TCP_NODELAY");
     }
-    let is_http2 = tokio::select! {
-        begun = timeout(limits.header_timeout, is_http2(&stream)) => begun,
+    let tls = handler.gate().load().tls().cloned();
+    let begun = tokio::select! {
+        begun = timeout(limits.header_timeout, begin(stream, tls)) => begun,
         () = told(&mut stop) => return,
     };
-    let result = match is_http2 {
-        Ok(Ok(true)) => serve_http2(stream, handler, limits, stop).await,
-        Ok(Ok(false)) => serve_http1(stream, handler, limits, stop).await,
-        // Closed or silent: there is no request to answer.
-        Ok(Err(_)) | Err(_) => return,
+    let answering = Answering { handler, peer };
+    let result = match begun {
+        Ok(Ok(Begun::Cleartext(stream, is_http2))) => serve_http(stream, is_http2, answering, limits, stop).await,
+        Ok(Ok(Begun::Tls(stream, is_http2))) => serve_http(stream, is_http2, answering, limits, stop).await,
+        // There is no request to answer.
+        Ok(Err(error)) => return debug!(%error, "connection ended before a request"),
+        Err(_) => return debug!("connection was silent for too long"),
     };
     if let Err(error) = result {
         debug!(%error, "connection ended");
     }
+}
+
+/// A connection whose first request has begun to come, none of it taken yet; and whether it is HTTP/2.
+enum Begun {
+    Cleartext(TcpStream, bool),
+    /// In a box, so that connections without TLS have no room for it.
+    Tls(Box<TlsStream<TcpStream>>, bool),
+}
+
+async fn begin(stream: TcpStream, tls: Option<tls::Server>) -> io::Result<Begun> {
+    let Some(tls) = tls else {
+        let is_http2 = is_http2(&stream).await?;
+        return Ok(Begun::Cleartext(stream, is_http2));
+    };
+    let mut stream = Box::new(Box::pin(tls.accept(stream)).await?);
+    if stream.fill_buf().await?.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let is_http2 = tls::is_http2(&stream);
+    Ok(Begun::Tls(stream, is_http2))
+}
+
+/// What requests of a connection are answered with.
+struct Answering {
+    handler: Arc<Handler>,
+    peer: IpAddr,
 }
 
 /// Whether the client begins with HTTP/2's preface. Takes nothing off the stream.
@@ -89,13 +127,28 @@ async fn is_http2(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
+async fn serve_http(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    is_http2: bool,
+    answering: Answering,
+    limits: Limits,
+    stop: watch::Receiver<bool>,
+) -> hyper::Result<()> {
+    if is_http2 {
+        serve_http2(stream, answering, limits, stop).await
+    } else {
+        serve_http1(stream, answering, limits, stop).await
+    }
+}
+
 async fn serve_http1(
-    stream: TcpStream,
-    handler: Arc<Handler>,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    answering: Answering,
     limits: Limits,
     mut stop: watch::Receiver<bool>,
 ) -> hyper::Result<()> {
     let activity = Arc::new(Activity::new(true));
+    let handler = Arc::clone(&answering.handler);
     let io = Watched { io: TokioIo::new(stream), activity: Arc::clone(&activity) };
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -107,7 +160,7 @@ async fn serve_http1(
         // Or else hyper looks for the end of the stream while an answer waits for the disk, with a new buffer each time.
         // A sender that has closed its half still gets the answer.
         .half_close(true)
-        .serve_connection(io, service(handler, activity.clone()));
+        .serve_connection(io, service(answering, activity.clone()));
     let stopping = stop.clone();
     let mut timer = pin!(sleep(limits.header_timeout));
     let mut told = pin!(told(&mut stop));
@@ -143,9 +196,8 @@ async fn serve_http1(
                 }
                 Expired::Idle => return Ok(()),
                 Expired::Headers => {
-                    let mut stream = connection.into_parts().io.io.into_inner();
-                    // The client may be gone; then nobody is there to be told.
-                    drop(stream.write_all(REQUEST_TIMEOUT_RESPONSE).await);
+                    handler.timed_out();
+                    tell_of_timeout(connection.into_parts().io.io.into_inner()).await;
                     return Ok(());
                 }
             },
@@ -159,7 +211,7 @@ async fn serve_http1(
 
 /// Reads on for a moment after a request that was refused for its headers: a connection that is closed with unread bytes
 /// on it is reset, and the client may never see the answer.
-async fn linger(mut stream: TcpStream) {
+async fn linger(mut stream: impl AsyncRead + Unpin) {
     let mut left = LINGER_BYTES;
     let mut buffer = [0; 4096];
     let read_on = async {
@@ -171,6 +223,16 @@ async fn linger(mut stream: TcpStream) {
     };
     // Whether it has come to an end by then does not matter.
     drop(timeout(LINGER, read_on).await);
+}
+
+/// Says that a request's headers took too long.
+async fn tell_of_timeout(mut stream: impl AsyncWrite + Unpin) {
+    let tell = async {
+        stream.write_all(REQUEST_TIMEOUT_RESPONSE).await?;
+        stream.shutdown().await
+    };
+    // The client may be gone, or take nothing; then nobody is there to be told.
+    drop(timeout(LINGER, tell).await);
 }
 
 /// Why a connection's task goes on.
@@ -187,14 +249,14 @@ async fn told(stop: &mut watch::Receiver<bool>) {
 
 /// The handler, with the activity noted around it.
 fn service(
-    handler: Arc<Handler>,
+    answering: Answering,
     activity: Arc<Activity>,
 ) -> impl HttpService<Incoming, ResBody = Full<Bytes>, Error = Infallible, Future: Send> {
     service_fn(move |request| {
         let busy = activity.begin();
-        let handler = Arc::clone(&handler);
+        let (handler, peer) = (Arc::clone(&answering.handler), answering.peer);
         async move {
-            let response = handler.handle(request).await;
+            let response = handler.handle(request, peer).await;
             drop(busy);
             Ok(response)
         }
@@ -202,8 +264,8 @@ fn service(
 }
 
 async fn serve_http2(
-    stream: TcpStream,
-    handler: Arc<Handler>,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    answering: Answering,
     limits: Limits,
     mut stop: watch::Receiver<bool>,
 ) -> hyper::Result<()> {
@@ -214,7 +276,7 @@ async fn serve_http2(
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).unwrap_or(u32::MAX))
-            .serve_connection(io, service(handler, activity.clone()))
+            .serve_connection(io, service(answering, activity.clone()))
     );
     let mut timer = pin!(sleep(limits.idle_timeout));
     let mut stopping = false;
@@ -319,12 +381,12 @@ impl Drop for Busy {
 }
 
 /// A stream whose reads are noted.
-struct Watched {
-    io: TokioIo<TcpStream>,
+struct Watched<S> {
+    io: TokioIo<S>,
     activity: Arc<Activity>,
 }
 
-impl Read for Watched {
+impl<S: AsyncRead + Unpin> Read for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
         let result = Pin::new(&mut self.io).poll_read(cx, buf);
         if let Poll::Ready(Ok(())) = result {
@@ -334,7 +396,7 @@ impl Read for Watched {
     }
 }
 
-impl Write for Watched {
+impl<S: AsyncWrite + Unpin> Write for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }

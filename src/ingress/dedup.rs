@@ -1,9 +1,10 @@
 //! Events that are sent again soon: answered like the first time, and not stored again.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
+
+use prometheus::IntCounter;
 
 use crate::event::{Event, EventId};
 use crate::journal::{ReadError, Reader};
@@ -18,7 +19,7 @@ pub(super) struct Dedup {
     window: Duration,
     max_ids: usize,
     ids: Mutex<Ids>,
-    resent: AtomicU64,
+    resent: IntCounter,
 }
 
 #[derive(Default)]
@@ -45,8 +46,8 @@ pub(super) enum Claim {
 }
 
 impl Dedup {
-    pub(super) fn new(window: Duration) -> Self {
-        Self { window, max_ids: MAX_IDS, ids: Mutex::default(), resent: AtomicU64::new(0) }
+    pub(super) fn new(window: Duration, resent: IntCounter) -> Self {
+        Self { window, max_ids: MAX_IDS, ids: Mutex::default(), resent }
     }
 
     /// Remembers the events that the journal has of the window. Blocks.
@@ -91,7 +92,7 @@ impl Dedup {
             })
             .collect();
         let resent = claimed.iter().filter(|is_new| !**is_new).count();
-        self.resent.fetch_add(resent as u64, Ordering::Relaxed);
+        self.resent.inc_by(resent as u64);
         Claim::Store(claimed)
     }
 
@@ -105,11 +106,6 @@ impl Dedup {
                 ids.seen.remove(id);
             }
         }
-    }
-
-    /// How many events were not stored because they had been before.
-    pub(super) fn resent(&self) -> u64 {
-        self.resent.load(Ordering::Relaxed)
     }
 
     fn lock(&self) -> MutexGuard<'_, Ids> {
@@ -143,7 +139,7 @@ mod tests {
     #[test]
     fn an_event_is_stored_once_in_the_window() {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
-        let dedup = Dedup::new(10 * second);
+        let dedup = Dedup::new(10 * second, IntCounter::new("resent", "Resent.").unwrap());
         let claim = |numbers: &[u32], at| dedup.claim(&numbers.iter().copied().map(id).collect::<Vec<_>>(), at);
         let store = |expected: &[bool]| Claim::Store(expected.to_vec());
         assert_eq!(claim(&[1, 2, 1], start), store(&[true, true, false]));
@@ -157,12 +153,13 @@ mod tests {
         assert_eq!(claim(&[1], start + 10 * second), store(&[true]), "the window is over");
         dedup.settle(&[id(1)], true);
         assert_eq!(claim(&[3], start + 11 * second), store(&[false]), "it counts from when it was stored");
-        assert_eq!(dedup.resent(), 6);
+        assert_eq!(dedup.resent.get(), 6);
     }
 
     #[test]
     fn the_oldest_are_forgotten_at_the_bound() {
-        let dedup = Dedup { max_ids: 3, ..Dedup::new(Duration::from_secs(10)) };
+        let dedup =
+            Dedup { max_ids: 3, ..Dedup::new(Duration::from_secs(10), IntCounter::new("resent", "Resent.").unwrap()) };
         let now = Instant::now();
         let claim = |number| dedup.claim(&[id(number)], now) == Claim::Store(vec![true]);
         for number in 0..4 {

@@ -1,5 +1,6 @@
 //! The one handler: from a request to an answer.
 
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -16,10 +17,12 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::Config;
-use super::auth::Auth;
+use super::access::{Access, Gate};
 use super::dedup::{Claim, Dedup};
+use super::metrics::Metrics;
 use crate::event::{self, BodyError, EventId, Parsed};
 use crate::journal::{Append, AppendError, Appender};
+use crate::telemetry::{Begin, Span, Traces};
 
 /// What is written to an HTTP/1.1 connection whose request's headers have taken too long.
 pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\n\
@@ -29,6 +32,11 @@ pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeou
 /// After a refusal this many times `max_body` are still read and thrown away, so that the sender gets to read the answer.
 const DRAIN: u64 = 16;
 
+const TRACEPARENT: &str = "traceparent";
+
+/// How much of a path a span has: who sends nothing good must not fill the memory.
+const MAX_SPAN_PATH: usize = 256;
+
 /// How often a request looks whether an event of its own, which another request brings too, is stored.
 const CLAIM_POLL: Duration = Duration::from_millis(2);
 
@@ -37,35 +45,104 @@ pub(super) struct Handler {
     path: String,
     max_body: u64,
     body_timeout: Duration,
-    auth: Arc<Auth>,
+    gate: Gate,
     dedup: Option<Arc<Dedup>>,
     appender: Appender,
+    metrics: Metrics,
+    traces: Option<Traces>,
 }
 
 impl Handler {
-    pub(super) fn new(config: &Config, auth: Arc<Auth>, dedup: Option<Arc<Dedup>>, appender: Appender) -> Self {
-        let max_body = config.max_body.as_u64();
-        Self { path: config.path.clone(), max_body, body_timeout: config.body_timeout, auth, dedup, appender }
+    pub(super) fn new(
+        config: &Config,
+        gate: Gate,
+        dedup: Option<Arc<Dedup>>,
+        appender: Appender,
+        metrics: Metrics,
+        traces: Option<Traces>,
+    ) -> Self {
+        let (path, max_body) = (config.path.clone(), config.max_body.as_u64());
+        Self { path, max_body, body_timeout: config.body_timeout, gate, dedup, appender, metrics, traces }
     }
 
     pub(super) fn appender(&self) -> &Appender {
         &self.appender
     }
 
+    pub(super) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
     /// Answers a request. May be dropped at any time: events that were handed to the journal are stored nevertheless.
-    pub(super) async fn handle(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    pub(super) async fn handle(&self, mut request: Request<Incoming>, peer: IpAddr) -> Response<Full<Bytes>> {
+        let span = self.traces.as_ref().map(|traces| self.span(traces, &mut request));
+        let response = self.answer(request, peer).await;
+        if let Some(mut span) = span {
+            let status = response.status();
+            span.set("http.response.status_code", i64::from(status.as_u16()));
+            if status.is_server_error() {
+                span.fail(status.as_str().to_owned(), "");
+            }
+        }
+        response
+    }
+
+    /// Begins the span of a request, and puts it in the place of the sender's, so that it is what events go on from.
+    fn span(&self, traces: &Traces, request: &mut Request<Incoming>) -> Span {
+        let method = match *request.method() {
+            Method::GET
+            | Method::HEAD
+            | Method::POST
+            | Method::PUT
+            | Method::DELETE
+            | Method::OPTIONS
+            | Method::PATCH => request.method().to_string(),
+            _ => "_OTHER".to_owned(),
+        };
+        let path = request.uri().path().chars().take(MAX_SPAN_PATH).collect::<String>();
+        let begin = match path == self.path {
+            true => Begin::server(format!("{method} {path}")).with("http.route", path.clone()),
+            false => Begin::server(method.clone()),
+        };
+        let version = if request.version() == Version::HTTP_2 { "2" } else { "1.1" };
+        let begin = begin
+            .with("http.request.method", method)
+            .with("url.path", path)
+            .with("url.scheme", "http")
+            .with("network.protocol.version", version);
+        let sender = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
+        let span = traces.span(begin, sender);
+        if let Ok(traceparent) = HeaderValue::try_from(span.traceparent()) {
+            request.headers_mut().insert(TRACEPARENT, traceparent);
+        }
+        span
+    }
+
+    async fn answer(&self, request: Request<Incoming>, peer: IpAddr) -> Response<Full<Bytes>> {
+        let begun = Instant::now();
         let (version, is_head) = (request.version(), request.method() == Method::HEAD);
-        match self.accept(request).await {
-            Ok(response) => response,
+        let response = match self.accept(request, peer).await {
+            Ok(response) => {
+                self.metrics.acknowledged(begun.elapsed());
+                response
+            }
             // Over HTTP/2 hyper would send the content nevertheless, which breaks the protocol.
             Err(refusal) if is_head => refusal.into_response(self, version).map(|_| Full::default()),
             Err(refusal) => refusal.into_response(self, version),
-        }
+        };
+        self.metrics.answered(response.status());
+        response
     }
 
-    async fn accept(&self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Refusal> {
+    /// Counts a request whose headers have not come in time.
+    pub(super) fn timed_out(&self) {
+        self.metrics.answered(StatusCode::REQUEST_TIMEOUT);
+    }
+
+    async fn accept(&self, request: Request<Incoming>, peer: IpAddr) -> Result<Response<Full<Bytes>>, Refusal> {
         let (head, mut body) = request.into_parts();
-        let token = match self.check(&head) {
+        let access = self.gate.load();
+        let token = match self.check(&access, &head, peer) {
             Ok(token) => token,
             Err(refusal) => {
                 self.drain(body, &head.headers);
@@ -80,15 +157,19 @@ impl Handler {
                 return Err(refusal);
             }
         };
+        if !access.verify(&head.headers, &content) {
+            return Err(Refusal::Unauthorized { wanted: access.wanted() });
+        }
         let (storing, answer) = match &self.dedup {
             None => self.store(&content, token, &head.headers)?,
             Some(dedup) => self.store_new(dedup, &content, token, &head.headers).await?,
         };
+        let events = self.metrics.events(token);
         // The request's buffers are free for the next one, and its map of headers serves the answer.
-        drop((content, body));
+        drop((content, body, access));
         let mut headers = head.headers;
         headers.clear();
-        storing.done().await?;
+        events.inc_by(storing.done().await?);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let mut response = Response::new(Full::from(answer));
         *response.headers_mut() = headers;
@@ -109,7 +190,7 @@ impl Handler {
     fn store(&self, content: &[u8], token: &str, headers: &HeaderMap) -> Result<(Storing, String), Refusal> {
         let events = event::parse(content)?;
         let (append, answer) = self.append(events.iter().map(|event| (event, event.id(), true)), token, headers)?;
-        Ok((Storing::Appended(append), answer))
+        Ok((Storing::Appended { append, events: events.len() }, answer))
     }
 
     /// The same, but for events that were stored not long ago.
@@ -146,13 +227,13 @@ impl Handler {
             }
         };
         // A task of its own: the sender may go away, and what it sent is stored nevertheless.
-        let dedup = Arc::clone(dedup);
+        let (dedup, events) = (Arc::clone(dedup), ids.len());
         let task = tokio::spawn(async move {
             let result = append.await;
             dedup.settle(&ids, result.is_ok());
             result
         });
-        Ok((Storing::Claimed(task), answer))
+        Ok((Storing::Claimed { task, events }, answer))
     }
 
     /// Hands those of the events to the journal for which it is asked; the answer names all of them.
@@ -163,7 +244,7 @@ impl Handler {
         headers: &HeaderMap,
     ) -> Result<(Append, String), Refusal> {
         let received_at = SystemTime::now();
-        let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
+        let traceparent = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
         let mut answer = String::with_capacity(r#"{"ids":[]}"#.len() + events.size_hint().0 * (EventId::LEN + 3));
         answer.push_str(r#"{"ids":["#);
         let append = self.appender.append(|entries| {
@@ -181,14 +262,17 @@ impl Handler {
     }
 
     /// What can be said before the body is read; the name of the sender's token.
-    fn check(&self, head: &http::request::Parts) -> Result<&str, Refusal> {
+    fn check<'a>(&self, access: &'a Access, head: &http::request::Parts, peer: IpAddr) -> Result<&'a str, Refusal> {
+        if !access.allows(peer, &head.headers) {
+            return Err(Refusal::Forbidden);
+        }
         if head.uri.path() != self.path {
             return Err(Refusal::NotFound);
         }
         if head.method != Method::POST {
             return Err(Refusal::MethodNotAllowed);
         }
-        let token = self.auth.token(&head.headers).ok_or(Refusal::Unauthorized)?;
+        let token = access.token(&head.headers).ok_or_else(|| Refusal::Unauthorized { wanted: access.wanted() })?;
         let length = head.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
         match length {
             Some(length) if length > self.max_body => Err(Refusal::TooLarge),
@@ -217,20 +301,31 @@ impl Handler {
 
 /// Events on their way to the disk.
 enum Storing {
-    Appended(Append),
+    Appended {
+        append: Append,
+        events: usize,
+    },
     /// Whoever sends them again has to know what comes of it.
-    Claimed(JoinHandle<Result<(), AppendError>>),
+    Claimed {
+        task: JoinHandle<Result<(), AppendError>>,
+        events: usize,
+    },
     /// All of them were stored before.
     Stored,
 }
 
 impl Storing {
-    async fn done(self) -> Result<(), AppendError> {
-        match self {
-            Self::Appended(append) => append.await,
-            Self::Claimed(task) => task.await.unwrap_or(Err(AppendError::Closed)),
-            Self::Stored => Ok(()),
-        }
+    /// Waits until they are durable; how many there were.
+    async fn done(self) -> Result<u64, AppendError> {
+        let events = match self {
+            Self::Appended { append, events } => append.await.map(|()| events)?,
+            Self::Claimed { task, events } => {
+                task.await.unwrap_or(Err(AppendError::Closed))?;
+                events
+            }
+            Self::Stored => 0,
+        };
+        Ok(events as u64)
     }
 }
 
@@ -257,9 +352,12 @@ async fn read(body: &mut Incoming, max: u64) -> Result<Bytes, Refusal> {
 /// Why a request is not accepted.
 #[derive(Debug)]
 enum Refusal {
+    Forbidden,
     NotFound,
     MethodNotAllowed,
-    Unauthorized,
+    Unauthorized {
+        wanted: String,
+    },
     TooLarge,
     BodyTimeout,
     /// The sender went away, or broke the protocol.
@@ -283,9 +381,10 @@ impl From<AppendError> for Refusal {
 impl Refusal {
     fn status(&self) -> StatusCode {
         match self {
+            Self::Forbidden => StatusCode::FORBIDDEN,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
             Self::TooLarge | Self::Journal(AppendError::TooLarge { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::Aborted | Self::Body(_) => StatusCode::BAD_REQUEST,
@@ -298,12 +397,10 @@ impl Refusal {
     /// What happened and what to do about it.
     fn detail(&self, handler: &Handler) -> String {
         match self {
+            Self::Forbidden => "nothing is taken from this address; it has to be in ingress.allow".to_owned(),
             Self::NotFound => format!("webhooks are taken at {}", handler.path),
             Self::MethodNotAllowed => "use POST".to_owned(),
-            Self::Unauthorized => match handler.auth.header() {
-                Some(header) => format!("send the header {header} with the token that this relay is configured with"),
-                None => "not authorized".to_owned(),
-            },
+            Self::Unauthorized { wanted } => wanted.clone(),
             Self::TooLarge => {
                 format!(
                     "the body may have at most {} bytes (ingress.max_body); send fewer events at once",
@@ -355,7 +452,7 @@ impl Refusal {
         }
         match self {
             Self::MethodNotAllowed => drop(headers.insert(ALLOW, HeaderValue::from_static("POST"))),
-            Self::Unauthorized => drop(headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("ApiKey"))),
+            Self::Unauthorized { .. } => drop(headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("ApiKey"))),
             Self::BodyTimeout if version < Version::HTTP_2 => {
                 drop(headers.insert(CONNECTION, HeaderValue::from_static("close")));
             }

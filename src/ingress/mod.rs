@@ -7,28 +7,38 @@
 //! Every connection is limited in time and size, and holds nothing but itself: see [`Config`]. The ingress knows the
 //! journal's way in, and nothing of sinks.
 
+mod access;
 mod auth;
 mod connection;
 mod dedup;
 mod handler;
+mod metrics;
+mod origin;
+mod signed;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
-use std::path::PathBuf;
+use std::net::{IpAddr, SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
+use prometheus::IntGauge;
 use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::warn;
 
-pub use auth::{Auth, AuthConfig, AuthError, TokenConfig, generated_token_path};
+pub use access::{Access, AccessError, Gate};
+pub use auth::{AuthConfig, AuthError, TokenConfig, generated_token_path};
+pub use metrics::Metrics;
+pub use signed::{OneOrMore, Scheme, SignatureConfig, Signed};
 
 use crate::journal::{Appender, Journal, Start};
+use crate::telemetry::Traces;
+use crate::tls;
 use connection::Limits;
 use dedup::Dedup;
 use handler::Handler;
@@ -64,22 +74,16 @@ pub struct Config {
     /// An event that is sent again within this time is answered, and not stored again.
     #[serde(with = "humantime_serde")]
     pub dedup: Option<Duration>,
-    /// Who may send.
+    /// By which tokens one may send.
     pub auth: AuthConfig,
+    /// How bodies have to be signed, if so.
+    pub signature: Option<SignatureConfig>,
+    /// The addresses and networks that may send; every one where it is left out.
+    pub allow: Option<Vec<String>>,
+    /// The addresses and networks whose `x-forwarded-for` is believed.
+    pub trusted_proxies: Vec<String>,
     /// TLS for the listener.
-    pub tls: Option<TlsConfig>,
-}
-
-/// Certificate and key of the listener.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TlsConfig {
-    /// PEM file with the certificate chain.
-    pub cert: PathBuf,
-    /// PEM file with the private key.
-    pub key: PathBuf,
-    /// PEM file with the authorities that clients' certificates must come from.
-    pub client_ca: Option<PathBuf>,
+    pub tls: Option<tls::Config>,
 }
 
 impl Default for Config {
@@ -94,12 +98,21 @@ impl Default for Config {
             idle_timeout: Duration::from_secs(75),
             dedup: None,
             auth: AuthConfig::default(),
+            signature: None,
+            allow: None,
+            trusted_proxies: Vec::new(),
             tls: None,
         }
     }
 }
 
 impl Config {
+    /// The settings that have no effect in a running ingress, with the others left out.
+    pub fn unchangeable(&self) -> Self {
+        let (auth, trusted_proxies) = (AuthConfig::default(), Vec::new());
+        Self { auth, trusted_proxies, signature: None, allow: None, tls: None, ..self.clone() }
+    }
+
     /// What is wrong with the settings, if anything.
     pub fn problem(&self) -> Option<String> {
         if !self.path.starts_with('/') || self.path.contains(['?', '#', ' ']) {
@@ -120,27 +133,22 @@ impl Config {
         if self.max_connections == 0 {
             return Some("ingress.max_connections is 0; it must be at least 1".to_owned());
         }
-        self.tls.as_ref().map(|_| "ingress.tls is not available yet; end TLS at the load balancer".to_owned())
+        None
+    }
+
+    /// The files that [`Access`] is made of besides the settings.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.tls.iter().flat_map(tls::Config::files)
     }
 }
 
 /// A running ingress: its cores wait for connections.
 pub struct Ingress {
     cores: Vec<Core>,
+    gate: Gate,
     permits: Arc<Semaphore>,
     stop: watch::Sender<bool>,
-    counts: Counts,
-}
-
-/// What the ingress counts. Clones count the same.
-#[derive(Clone)]
-pub struct Counts(Option<Arc<Dedup>>);
-
-impl Counts {
-    /// How many events were not stored because they had been a short while before.
-    pub fn resent(&self) -> u64 {
-        self.0.as_ref().map_or(0, |dedup| dedup.resent())
-    }
+    metrics: Metrics,
 }
 
 struct Core {
@@ -152,23 +160,29 @@ struct Core {
 /// An accepted connection on its way to a core.
 struct Connection {
     stream: StdStream,
+    peer: IpAddr,
     _permit: OwnedSemaphorePermit,
     _load: Load,
 }
 
-/// Counts a connection among its core's for as long as it lives.
-struct Load(Arc<AtomicUsize>);
+/// Counts a connection among its core's, and among all, for as long as it lives.
+struct Load {
+    of_core: Arc<AtomicUsize>,
+    of_all: IntGauge,
+}
 
 impl Load {
-    fn new(count: &Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(count))
+    fn new(of_core: &Arc<AtomicUsize>, of_all: &IntGauge) -> Self {
+        of_core.fetch_add(1, Ordering::Relaxed);
+        of_all.inc();
+        Self { of_core: Arc::clone(of_core), of_all: of_all.clone() }
     }
 }
 
 impl Drop for Load {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.of_core.fetch_sub(1, Ordering::Relaxed);
+        self.of_all.dec();
     }
 }
 
@@ -178,21 +192,30 @@ impl Ingress {
     /// # Errors
     ///
     /// Any error of starting threads or their runtimes.
-    pub fn start(config: &Config, auth: Auth, journal: &Journal, cores: usize) -> io::Result<Self> {
+    pub fn start(
+        config: &Config,
+        access: Access,
+        journal: &Journal,
+        cores: usize,
+        metrics: Metrics,
+        traces: Option<&Traces>,
+    ) -> io::Result<Self> {
         let stop = watch::Sender::new(false);
-        let auth = Arc::new(auth);
-        let dedup = config.dedup.map(|window| Arc::new(recall(window, journal)));
+        let gate = Gate::new(access);
+        let dedup = config.dedup.map(|window| Arc::new(recall(window, journal, &metrics)));
         let start_core = |index| {
-            let handler = Handler::new(config, Arc::clone(&auth), dedup.clone(), journal.appender());
+            let (metrics, traces) = (metrics.clone(), traces.cloned());
+            let handler = Handler::new(config, gate.clone(), dedup.clone(), journal.appender(), metrics, traces);
             Core::start(index, handler, Limits::new(config), stop.subscribe())
         };
         let cores = (0..cores.max(1)).map(start_core).collect::<io::Result<_>>()?;
-        Ok(Self { cores, permits: Arc::new(Semaphore::new(config.max_connections)), stop, counts: Counts(dedup) })
+        let permits = Arc::new(Semaphore::new(config.max_connections));
+        Ok(Self { cores, gate, permits, stop, metrics })
     }
 
-    /// What it counts.
-    pub fn counts(&self) -> Counts {
-        self.counts.clone()
+    /// Where to say who may send from now on.
+    pub fn gate(&self) -> Gate {
+        self.gate.clone()
     }
 
     /// Accepts connections until dropped. Runs for ever.
@@ -207,8 +230,8 @@ impl Ingress {
         let listener = TcpListener::from_std(listener)?;
         loop {
             let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return Ok(()) };
-            match listener.accept().await.and_then(|(stream, _)| stream.into_std()) {
-                Ok(stream) => self.hand_over(stream, permit).await,
+            match listener.accept().await.and_then(|(stream, peer)| Ok((stream.into_std()?, peer.ip()))) {
+                Ok((stream, peer)) => self.hand_over(stream, peer, permit).await,
                 Err(error) => {
                     warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -217,10 +240,11 @@ impl Ingress {
         }
     }
 
-    async fn hand_over(&self, stream: StdStream, permit: OwnedSemaphorePermit) {
+    async fn hand_over(&self, stream: StdStream, peer: IpAddr, permit: OwnedSemaphorePermit) {
         let fewest = self.cores.iter().min_by_key(|core| core.load.load(Ordering::Relaxed));
         if let Some(core) = fewest {
-            let connection = Connection { stream, _permit: permit, _load: Load::new(&core.load) };
+            let connection =
+                Connection { stream, peer, _permit: permit, _load: Load::new(&core.load, &self.metrics.connections) };
             // A core ends only after this: its queue is closed by `stop`.
             drop(core.connections.send(connection).await);
         }
@@ -237,8 +261,8 @@ impl Ingress {
 }
 
 /// The events of the window that the journal has.
-fn recall(window: Duration, journal: &Journal) -> Dedup {
-    let dedup = Dedup::new(window);
+fn recall(window: Duration, journal: &Journal, metrics: &Metrics) -> Dedup {
+    let dedup = Dedup::new(window, metrics.resent());
     let since = SystemTime::now().checked_sub(window).unwrap_or(SystemTime::UNIX_EPOCH);
     if let Err(error) = dedup.recall(journal.reader(Start::WrittenSince(since))) {
         warn!(%error, "not all of the journal could be read; some resent events will be stored again");
@@ -275,9 +299,9 @@ async fn serve(
     while let Some(connection) = queue.recv().await {
         let (handler, stop, open) = (Arc::clone(&handler), stop.clone(), open.clone());
         tokio::spawn(async move {
-            let Connection { stream, _permit, _load } = connection;
+            let Connection { stream, peer, _permit, _load } = connection;
             match TcpStream::from_std(stream) {
-                Ok(stream) => connection::serve(stream, handler, limits, stop).await,
+                Ok(stream) => connection::serve(stream, peer, handler, limits, stop).await,
                 Err(error) => warn!(%error, "a connection could not be taken"),
             }
             drop(open);

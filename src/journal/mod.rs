@@ -18,6 +18,7 @@
 //!
 //! The journal does not know what an entry is, nor who reads it.
 
+mod metrics;
 mod reader;
 mod record;
 pub mod recovery;
@@ -41,6 +42,7 @@ use bytesize::ByteSize;
 use serde::Deserialize;
 use tokio::sync::watch;
 
+pub use metrics::Metrics;
 pub use reader::{ReadError, Reader, Start};
 pub use writer::{Append, AppendError, Appender, Entries};
 
@@ -150,6 +152,7 @@ struct Shared {
     is_serving: AtomicBool,
     queue: writer::Queue,
     spare: space::Slot,
+    metrics: Metrics,
 }
 
 /// The segments in order, and what readers still need of them.
@@ -188,12 +191,14 @@ impl Journal {
         config: &Config,
         needed: Position,
         floor: Position,
+        metrics: Metrics,
     ) -> Result<(Self, Vec<Finding>), OpenError> {
         std::fs::create_dir_all(dir)?;
         segment::sync_dir(dir.parent().unwrap_or(dir))?;
         let mut inspection = Inspection::new(dir, needed)?;
         inspection.expect_end(floor);
         let findings = inspection.findings().to_vec();
+        metrics.found(&findings);
         if inspection.needs_repair() {
             inspection.repair(quarantine)?;
             inspection = Inspection::new(dir, needed)?;
@@ -216,6 +221,7 @@ impl Journal {
             is_serving: AtomicBool::new(true),
             queue: writer::Queue::default(),
             spare: space::Slot::new(spare),
+            metrics,
         });
         let writer = writer::Writer::new(Arc::clone(&shared), active, end);
         let threads = vec![spawn("journal-writer", move || writer.run())?];
@@ -298,6 +304,30 @@ impl View {
     /// How many bytes the segment files take.
     pub fn disk_bytes(&self) -> u64 {
         self.0.disk_bytes()
+    }
+
+    /// How many of those bytes are in files that a reader still needs, or that is written to.
+    pub fn needed_bytes(&self) -> u64 {
+        self.0.segments().needed().map(|segment| segment.size).sum()
+    }
+
+    /// How many bytes [`View::needed_bytes`] can come to be before nothing more is accepted.
+    ///
+    /// # Errors
+    ///
+    /// Any error of asking for the disk's free space.
+    pub fn limit_bytes(&self) -> io::Result<u64> {
+        space::limit(&self.0)
+    }
+}
+
+impl Segments {
+    /// Those that a reader holds a position in, and the last.
+    fn needed(&self) -> impl Iterator<Item = &Segment> {
+        let lowest = self.holds.values().min().map_or(u64::MAX, |hold| hold.0);
+        // A segment ends where the next begins.
+        let ends = self.list.iter().skip(1).map(|next| next.first).chain([u64::MAX]);
+        self.list.iter().zip(ends).filter(move |(_, end)| lowest < *end || *end == u64::MAX).map(|(segment, _)| segment)
     }
 }
 

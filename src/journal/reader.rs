@@ -77,6 +77,11 @@ impl Reader {
         *self.durable.borrow()
     }
 
+    /// [`Reader::end`], for whoever has to know it without the reader.
+    pub fn watch_end(&self) -> watch::Receiver<Position> {
+        self.durable.clone()
+    }
+
     /// Says that entries before `position` are not needed any more, not even after a restart.
     pub fn release(&self, position: Position) {
         if let Some(hold) = self.shared.segments().holds.get_mut(&self.hold) {

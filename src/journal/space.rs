@@ -126,6 +126,12 @@ impl Slot {
     }
 }
 
+/// What the files may take in all: as much as `max_disk` says, or, with less free on the disk, what is left of it.
+pub(super) fn limit(shared: &Shared) -> io::Result<u64> {
+    let free = free_disk(&shared.dir)?.saturating_sub(shared.config.min_free_disk.as_u64());
+    Ok(shared.config.max_disk.as_u64().min(shared.disk_bytes().saturating_add(free)))
+}
+
 /// The thread that looks after space.
 pub(super) struct Keeper {
     shared: Arc<Shared>,

@@ -48,7 +48,14 @@ impl Fixture {
     }
 
     fn open_from(&self, floor: Position) -> (Journal, Vec<Finding>) {
-        let opened = Journal::open(&self.journal_dir(), &self.quarantine(), &self.config, Position::ZERO, floor);
+        let opened = Journal::open(
+            &self.journal_dir(),
+            &self.quarantine(),
+            &self.config,
+            Position::ZERO,
+            floor,
+            Metrics::unseen(),
+        );
         let (mut journal, findings) = opened.unwrap();
         journal.start().unwrap();
         (journal, findings)
@@ -345,8 +352,14 @@ fn foreign_files_are_left_alone_and_newer_formats_refused() {
     // Damage that would be repaired, were the version known.
     bytes[4200] ^= 1;
     fs::write(&path, &bytes).unwrap();
-    let opened =
-        Journal::open(&fixture.journal_dir(), &fixture.quarantine(), &fixture.config, Position::ZERO, Position::ZERO);
+    let opened = Journal::open(
+        &fixture.journal_dir(),
+        &fixture.quarantine(),
+        &fixture.config,
+        Position::ZERO,
+        Position::ZERO,
+        Metrics::unseen(),
+    );
     assert!(matches!(opened, Err(OpenError::NewerVersion { version: 2, .. })));
     assert_eq!(fs::read(&path).unwrap(), bytes, "nothing is changed");
 }
@@ -392,9 +405,12 @@ fn a_full_journal_refuses_until_readers_let_go() {
     assert!(matches!(refused, AppendError::Full(_)), "{refused:?}");
     assert!(accepted >= 3 * 6, "{accepted}");
     assert!(journal.disk_bytes() <= 4 * SEGMENT);
+    let view = journal.view();
+    assert_eq!((view.needed_bytes(), view.limit_bytes().unwrap()), (4 * SEGMENT, 4 * SEGMENT));
     assert_eq!(read_all(&mut reader).len(), accepted);
     assert!(append(&appender, &entry).is_err(), "reading alone frees nothing");
     reader.release(reader.position());
+    assert_eq!(view.needed_bytes(), SEGMENT);
     let deadline = Instant::now() + Duration::from_secs(20);
     while append(&appender, &entry).is_err() {
         assert!(Instant::now() < deadline, "still full");

@@ -347,7 +347,10 @@ impl Writer {
         let mut taken = Vec::new();
         while let Some(mut batches) = self.shared.queue.take(&last, taken) {
             last = LastCommit { begun: Instant::now(), count: batches.iter().map(|batch| batch.count).sum() };
+            let first = self.next_seq;
             let result = self.commit(&mut batches);
+            self.shared.metrics.sync_seconds.observe(last.begun.elapsed().as_secs_f64());
+            self.shared.metrics.batch_events.observe((self.next_seq - first) as f64);
             for (batch, durable) in batches.drain(..).zip(result.durable) {
                 batch.complete(Outcome { durable, error: result.error.clone() });
             }

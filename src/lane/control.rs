@@ -1,14 +1,17 @@
 //! How operators reach a running lane: what it is doing, pausing it, and giving it deliveries again.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-use super::Lane;
 use super::config::{Config, OrderBy};
-use super::delivery;
-use crate::event::Event;
+use super::delivery::{self, Delivery};
+use super::metrics::{Meters, Metrics};
+use super::{Course, Lane};
+use crate::event::{Event, EventId};
 use crate::journal::Position;
 use crate::ledger::{self, Change, Millis};
 use crate::sink::DeliveryError;
@@ -17,6 +20,8 @@ use crate::sink::DeliveryError;
 const COMMANDS: usize = 16;
 /// What the rate of deliveries is counted over.
 const RATE_SECONDS: usize = 10;
+/// How many failed attempts are remembered.
+const FAILURES: usize = 20;
 
 /// How long giving deliveries to a lane waits for others to go, and how often it looks.
 const ROOM_WAIT: Duration = Duration::from_secs(5);
@@ -30,10 +35,32 @@ pub struct Control {
     max_parked: usize,
 }
 
-/// The lane has ended: the relay is stopping.
+/// The lane has ended: the relay is stopping, or the sink is no longer in the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the sink's lane has ended; the relay is stopping")]
+#[error("the sink's lane has ended: the relay is stopping, or the sink is no longer in the rules")]
 pub struct Stopped;
+
+/// What a lane keeps for the one that takes its place when its sink's settings change. Whoever reaches one reaches the
+/// other.
+pub struct Kept {
+    pub(super) paused: bool,
+    pub(super) counts: Counts,
+    pub(super) meters: Meters,
+    pub(super) commands: mpsc::Receiver<Command>,
+    sender: mpsc::Sender<Command>,
+}
+
+impl Kept {
+    /// For the first lane of a sink.
+    pub fn new(metrics: &Metrics, sink: &str) -> Self {
+        let (sender, commands) = mpsc::channel(COMMANDS);
+        Self { paused: false, counts: Counts::default(), meters: Meters::new(metrics, sink), commands, sender }
+    }
+
+    pub(super) fn control(&self, config: &Config) -> Control {
+        Control { commands: self.sender.clone(), order_by: config.order_by, max_parked: config.max_parked }
+    }
+}
 
 /// What a lane is doing.
 #[derive(Clone, Debug)]
@@ -42,6 +69,8 @@ pub struct Status {
     pub paused: bool,
     /// It only probes, because the sink has failed too often.
     pub breaker_open: bool,
+    /// The lowest event that is not settled.
+    pub cursor: Position,
     /// Events after the cursor; not all of them are this sink's.
     pub lag_events: u64,
     /// How old the oldest event is that was read and is not settled.
@@ -59,18 +88,67 @@ pub struct Status {
     /// Deliveries per second, over the last ten seconds.
     pub rate: f64,
     /// The last attempt that failed.
-    pub last_error: Option<LastError>,
+    pub last_error: Option<Failure>,
 }
 
 /// A failed attempt.
 #[derive(Clone, Debug)]
-pub struct LastError {
+pub struct Failure {
     /// When.
     pub at: Millis,
     /// Its short name.
     pub kind: String,
     /// For people.
     pub text: String,
+    /// What was to be delivered.
+    pub event_id: EventId,
+    /// How many attempts had been made with it by then.
+    pub attempt: u32,
+}
+
+/// Where a lane is.
+#[derive(Clone, Copy, Debug)]
+pub struct Whereabouts {
+    /// How far it has read.
+    pub read_to: Position,
+    /// The cursor that was written last: where another goes on, should this one end.
+    pub cursor: Position,
+}
+
+impl Whereabouts {
+    /// Of a lane that begins there.
+    pub fn beginning(at: Position) -> Self {
+        Self { read_to: at, cursor: at }
+    }
+}
+
+/// Whether a lane may read on while rules change.
+pub(super) enum Hold {
+    No,
+    /// It may not, and somebody waits for the read that is under way.
+    Asked(oneshot::Sender<Whereabouts>),
+    Held,
+}
+
+impl Hold {
+    /// Says where the lane is, as soon as no read is under way.
+    pub(super) fn answer(&mut self, read_to: Option<Position>, cursor: Position) {
+        if let (Self::Asked(_), Some(read_to)) = (&*self, read_to)
+            && let Self::Asked(answer) = std::mem::replace(self, Self::Held)
+        {
+            // Whoever asked may have gone away; it will say what to follow nevertheless, or end the lane.
+            answer.send(Whereabouts { read_to, cursor }).unwrap_or(());
+        }
+    }
+
+    /// Whether to read on, if more is wanted; or to wait for the read that is under way.
+    pub(super) fn may_read(&self, wanted: bool) -> bool {
+        match self {
+            Self::No => wanted,
+            Self::Asked(_) => true,
+            Self::Held => false,
+        }
+    }
 }
 
 /// Who waits for changes to be written.
@@ -79,6 +157,11 @@ pub(super) type Written = Vec<oneshot::Sender<()>>;
 pub(super) enum Command {
     Pause(bool),
     Status(oneshot::Sender<Status>),
+    Failures(oneshot::Sender<Vec<Failure>>),
+    /// Reads nothing more, and says where it is.
+    Hold(oneshot::Sender<Whereabouts>),
+    /// Reads on, by these rules.
+    Follow(Arc<Course>),
     /// Puts deliveries back to where they are tried.
     Take {
         changes: Vec<Change>,
@@ -86,9 +169,10 @@ pub(super) enum Command {
     },
 }
 
-pub(super) fn channel(config: &Config) -> (Control, mpsc::Receiver<Command>) {
+/// The way to a lane that is no sink's.
+pub(super) fn channel() -> (Control, mpsc::Receiver<Command>) {
     let (commands, receiver) = mpsc::channel(COMMANDS);
-    (Control { commands, order_by: config.order_by, max_parked: config.max_parked }, receiver)
+    (Control { commands, order_by: OrderBy::None, max_parked: usize::MAX }, receiver)
 }
 
 impl Control {
@@ -119,6 +203,37 @@ impl Control {
         let (answer, status) = oneshot::channel();
         self.send(Command::Status(answer)).await?;
         status.await.map_err(|_| Stopped)
+    }
+
+    /// The last attempts that failed, the latest first.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`].
+    pub async fn failures(&self) -> Result<Vec<Failure>, Stopped> {
+        let (answer, failures) = oneshot::channel();
+        self.send(Command::Failures(answer)).await?;
+        failures.await.map_err(|_| Stopped)
+    }
+
+    /// Lets the lane read nothing more until it is told what to follow; where it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`].
+    pub async fn hold(&self) -> Result<Whereabouts, Stopped> {
+        let (answer, place) = oneshot::channel();
+        self.send(Command::Hold(answer)).await?;
+        place.await.map_err(|_| Stopped)
+    }
+
+    /// Lets the lane read on, by these rules.
+    ///
+    /// # Errors
+    ///
+    /// [`Stopped`].
+    pub async fn follow(&self, course: Arc<Course>) -> Result<(), Stopped> {
+        self.send(Command::Follow(course)).await
     }
 
     /// Waits until half of what may be parked is free, so that what is given to the lane does not keep it from reading on;
@@ -175,9 +290,17 @@ impl Control {
 impl Lane {
     pub(super) fn obey(&mut self, command: Command) {
         match command {
-            Command::Pause(paused) => self.paused = paused,
+            Command::Pause(paused) => self.kept.paused = paused,
             // Whoever asked and has gone away does not need the answer.
             Command::Status(answer) => drop(answer.send(self.status())),
+            Command::Failures(answer) => {
+                drop(answer.send(self.kept.counts.failures.iter().rev().cloned().collect()));
+            }
+            Command::Hold(answer) => self.hold = Hold::Asked(answer),
+            Command::Follow(course) => {
+                self.hold = Hold::No;
+                self.source.follow(course);
+            }
             Command::Take { changes, written } => {
                 for change in &changes {
                     let key = match change {
@@ -201,17 +324,18 @@ impl Lane {
         let oldest = self.window.oldest();
         let lag = oldest.map_or(0, |since| ledger::now().saturating_sub(since));
         Status {
-            paused: self.paused,
+            paused: self.kept.paused,
             breaker_open: !self.breaker.is_closed(),
+            cursor: self.window.cursor(),
             lag_events: self.source.end().since(self.window.cursor()),
             lag: Duration::from_millis(u64::try_from(lag).unwrap_or(0)),
             in_flight: self.under_way.len(),
             parked: self.parking.total(),
-            delivered: self.counts.delivered,
-            dead: self.counts.dead,
-            attempts_failed: self.counts.failed,
-            rate: self.counts.rate(Instant::now()),
-            last_error: self.counts.last_error.clone(),
+            delivered: self.kept.counts.delivered,
+            dead: self.kept.counts.dead,
+            attempts_failed: self.kept.counts.failed,
+            rate: self.kept.counts.rate(Instant::now()),
+            last_error: self.kept.counts.failures.back().cloned(),
         }
     }
 }
@@ -222,7 +346,8 @@ pub(super) struct Counts {
     delivered: u64,
     pub(super) dead: u64,
     failed: u64,
-    last_error: Option<LastError>,
+    /// The last of them, the latest last.
+    failures: VecDeque<Failure>,
     /// Deliveries in each of the last seconds, by the second's number.
     seconds: [(u64, u64); RATE_SECONDS + 1],
     began: Option<Instant>,
@@ -239,9 +364,18 @@ impl Counts {
         }
     }
 
-    pub(super) fn failed(&mut self, at: Millis, error: &DeliveryError) {
+    pub(super) fn failed(&mut self, at: Millis, delivery: &Delivery, error: &DeliveryError) {
         self.failed += 1;
-        self.last_error = Some(LastError { at, kind: error.kind.to_string(), text: error.text.clone() });
+        if self.failures.len() == FAILURES {
+            self.failures.pop_front();
+        }
+        self.failures.push_back(Failure {
+            at,
+            kind: error.kind.to_string(),
+            text: error.text.clone(),
+            event_id: delivery.event.id(),
+            attempt: delivery.failures,
+        });
     }
 
     /// Deliveries per second, over the last whole seconds.

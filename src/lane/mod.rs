@@ -20,7 +20,9 @@
 mod breaker;
 mod config;
 mod control;
+mod course;
 mod delivery;
+mod metrics;
 mod order;
 mod outcome;
 mod parking;
@@ -38,23 +40,24 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tracing::error;
 
 pub use breaker::BreakerConfig;
 pub use config::{Config, OrderBy, Rate, StartAt};
-pub use control::{Control, LastError, Status, Stopped};
+pub use control::{Control, Failure, Kept, Status, Stopped, Whereabouts};
+pub use course::{Course, TooManyChanges};
+pub use metrics::Metrics;
 pub use retry::{Retry, Waits};
 pub use unrouted::Unrouted;
 
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
 use crate::ledger::{self, Change, Ledger, Millis, ParkedRow};
-use crate::routing::{SinkId, Table};
 use crate::sink::{Attempt, DeliveryError, Sink};
 use breaker::Breaker;
-use control::{Command, Counts, Written};
+use control::{Hold, Written};
 use delivery::{Delivery, Place};
 use order::Order;
 use parking::Parking;
@@ -73,6 +76,8 @@ const MAX_CHANGES: usize = 2_000;
 const MAX_FAILED_PROBES: usize = 64;
 /// How many parked deliveries are fetched at once, about.
 const FETCH: usize = 512;
+/// How many dead letters are logged one by one, in the time of a [`Throttle`].
+const BURIALS_LOGGED: u32 = 10;
 /// How often progress is written.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 /// How long to wait after the journal could not be read or the ledger not written.
@@ -92,12 +97,13 @@ pub enum Phase {
 }
 
 /// What a lane leaves when it ends.
-#[derive(Clone, Copy, Debug)]
 pub struct Remains {
     /// Events after the cursor; not all of them are this sink's.
     pub lag_events: u64,
     /// Deliveries that wait for their next attempt.
     pub parked: usize,
+    /// For the lane that goes on where this one has ended.
+    pub kept: Option<Kept>,
 }
 
 /// Where a lane begins.
@@ -131,8 +137,9 @@ pub struct Lane {
     limit: Option<Limit>,
     /// The rate allows the next attempt then.
     limited_until: Option<Instant>,
-    paused: bool,
-    commands: mpsc::Receiver<Command>,
+    /// What outlives the lane when its sink's settings change.
+    kept: Kept,
+    hold: Hold,
     /// What is to be written with the progress, in order, and who wants to know.
     changes: Vec<Change>,
     written: Written,
@@ -140,39 +147,41 @@ pub struct Lane {
     unwritten: bool,
     /// The cursor that was written last.
     released: Position,
-    counts: Counts,
+    /// Of attempts that failed, and of dead letters.
     warnings: Throttle,
+    burials: Throttle,
 }
 
 /// An attempt's end.
 struct Ended {
     delivery: Delivery,
     result: Result<(), DeliveryError>,
+    took: Duration,
 }
 
 impl Lane {
-    /// A lane that goes on where it once ended, and how to reach it.
+    /// A lane that goes on where it once ended, and how to reach it; `kept` is what the lane before it has kept for it.
     pub fn new(
         name: &str,
         sink: Sink,
-        id: SinkId,
-        table: Arc<Table>,
+        course: Arc<Course>,
         beginning: Beginning,
         ledger: Ledger,
         config: Config,
+        kept: Kept,
     ) -> (Self, Control) {
         let Beginning { reader, ahead, parked } = beginning;
-        let at = reader.position();
-        let (control, commands) = control::channel(&config);
+        let (name, at): (Arc<str>, _) = (name.into(), reader.position());
+        let control = kept.control(&config);
         let order = Order::new();
         let mut parking = Parking::new(Instant::now());
         for (key, count) in parked {
             parking.add(key.map(|value| order.key(&value)), count);
         }
         let lane = Self {
-            name: name.into(),
+            source: Source::new(reader, Filter::new(course, Arc::clone(&name))),
+            name,
             sink,
-            source: Source::new(reader, Filter::Sink { table, id }),
             ledger,
             order,
             window: Window::resume(at, ahead),
@@ -184,15 +193,15 @@ impl Lane {
             failing_parked: 0,
             limit: config.rate.map(Limit::new),
             limited_until: None,
-            paused: false,
-            commands,
+            kept,
+            hold: Hold::No,
             changes: Vec::new(),
             written: Vec::new(),
             settle_due: false,
             unwritten: false,
             released: at,
-            counts: Counts::default(),
             warnings: Throttle::default(),
+            burials: Throttle::of(BURIALS_LOGGED),
             config,
         };
         (lane, control)
@@ -216,19 +225,20 @@ impl Lane {
                 break;
             }
             self.begin_storing(now, running, &mut storing);
+            self.hold.answer(self.source.position(), self.released);
             let wake = self.next_wake(now).filter(|_| running);
             tokio::select! {
                 // What comes first may hold up what comes after it. There is always something under way while a backlog is
                 // worked off, and progress has to be written then too.
                 biased;
                 changed = phase.changed() => if changed.is_err() { break },
-                Some(command) = self.commands.recv() => self.obey(command),
+                Some(command) = self.kept.commands.recv() => self.obey(command),
                 stored = pending_or(storing.as_mut()) => {
                     storing = None;
                     self.stored(stored);
                 }
                 _ = ticks.tick(), if storing.is_none() && self.has_to_settle() => self.settle_due = true,
-                batch = self.source.next(), if running && self.wants_more() => self.admit(batch),
+                batch = self.source.next(), if self.hold.may_read(running && self.wants_more()) => self.admit(batch),
                 Some(ended) = self.under_way.next() => self.finish(ended),
                 () = sleep_until(wake.unwrap_or(now).into()), if wake.is_some() => {}
             }
@@ -246,13 +256,17 @@ impl Lane {
             let stored = self.settle().await;
             self.stored(stored);
         }
-        Remains { lag_events: self.source.end().since(self.released), parked: self.parking.total() }
+        Remains {
+            lag_events: self.source.end().since(self.released),
+            parked: self.parking.total(),
+            kept: Some(self.kept),
+        }
     }
 
     /// Starts what may go: anything while the breaker is closed, else one probe when it is due.
     fn begin_attempts(&mut self, now: Instant, storing: &mut Option<Storing>) {
         self.limited_until = None;
-        if self.paused {
+        if self.kept.paused {
             return;
         }
         if !self.breaker.is_closed() {
@@ -305,15 +319,16 @@ impl Lane {
     fn attempt(&mut self, delivery: Delivery) {
         let sink = self.sink.clone();
         self.under_way.push(Box::pin(async move {
-            let attempt = Attempt { number: delivery.failures + 1, route: delivery.route.name() };
+            let begun = Instant::now();
+            let attempt = Attempt { number: delivery.failures + 1, route: delivery.route.name(), traceparent: None };
             let result = sink.deliver(&delivery.event, &attempt).await;
-            Ended { delivery, result }
+            Ended { delivery, result, took: begun.elapsed() }
         }));
     }
 
     /// When there is something to do without anything happening.
     fn next_wake(&self, now: Instant) -> Option<Instant> {
-        if self.paused {
+        if self.kept.paused {
             return None;
         }
         let wake = match self.breaker.is_closed() {
@@ -368,6 +383,7 @@ impl Lane {
 
     fn admit_event(&mut self, position: Position, event: Event, route: Route) {
         let since = ledger::millis(event.received_at());
+        self.kept.meters.routed_by(route.name());
         let ticket = self.window.push(position, event.size(), since);
         let key = self.config.order_by.value(&event).map(|value| self.order.key(value));
         let place = Place::Window(ticket);

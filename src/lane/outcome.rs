@@ -13,30 +13,36 @@ use crate::sink::{DeliveryError, Verdict};
 
 impl Lane {
     /// Takes an attempt's end.
-    pub(super) fn finish(&mut self, Ended { mut delivery, result }: Ended) {
+    pub(super) fn finish(&mut self, Ended { mut delivery, result, took }: Ended) {
         let now = Instant::now();
+        self.kept.meters.attempt_took(took);
         let change = match result {
             Ok(()) => {
-                self.counts.delivered(now);
+                self.kept.counts.delivered(now);
+                self.kept.meters.attempt_delivered.inc();
+                self.kept.meters.delivered.inc();
                 self.settle_delivery(&delivery);
                 self.breaker.succeeded()
             }
             Err(error) => {
                 let time = ledger::now();
                 delivery.failed(time);
-                self.counts.failed(time, &error);
+                self.kept.counts.failed(time, &delivery, &error);
                 match error.verdict {
                     Verdict::Retry { after } => {
+                        self.kept.meters.attempt_retry.inc();
                         self.warn_failed(now, &delivery, &error);
                         self.retry(delivery, time, &error, after);
                         if error.is_of_event() { self.breaker.succeeded() } else { self.breaker.failed(now) }
                     }
                     Verdict::Gone => {
+                        self.kept.meters.attempt_gone.inc();
                         error!(sink = %self.name, error = %error.text, "the sink wants no more events; it is only probed until it does");
                         self.retry(delivery, time, &error, None);
                         self.breaker.gone(now)
                     }
                     Verdict::Reject => {
+                        self.kept.meters.attempt_reject.inc();
                         self.bury(&delivery, Reason::Rejected, &error);
                         self.breaker.succeeded()
                     }
@@ -99,6 +105,7 @@ impl Lane {
     fn leave_window(&mut self, delivery: &Delivery) {
         if let Place::Window(ticket) = delivery.place {
             self.parking.add(delivery.key, 1);
+            self.kept.meters.parked.inc();
             self.failing_parked += usize::from(self.failing_since.is_some());
             self.window.settle(ticket);
         }
@@ -106,10 +113,13 @@ impl Lane {
 
     /// Makes a dead letter of a delivery.
     fn bury(&mut self, delivery: &Delivery, reason: Reason, error: &DeliveryError) {
-        let (event_id, reason_name) = (delivery.event.id(), reason.as_str());
-        error!(sink = %self.name, %event_id, reason = reason_name, attempts = delivery.failures, kind = %error.kind, error = %error.text, "a delivery is a dead letter now");
+        if let Some(suppressed) = self.burials.admit(Instant::now()) {
+            let (event_id, reason) = (delivery.event.id(), reason.as_str());
+            error!(sink = %self.name, %event_id, reason, attempts = delivery.failures, kind = %error.kind, error = %error.text, suppressed, "a delivery is a dead letter now");
+        }
         self.changes.push(delivery.buried(self.config.order_by, reason, &error.kind, &error.text));
-        self.counts.dead += 1;
+        self.kept.counts.dead += 1;
+        self.kept.meters.dead.inc();
         self.settle_delivery(delivery);
     }
 

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
 use super::STORAGE_PAUSE;
+use super::course::Course;
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
-use crate::routing::{RouteId, Scratch, SinkId, Table};
+use crate::routing::{RouteId, Scratch, SinkId, Table, UNROUTED};
 
 /// How much of the journal is read at once, in bytes.
 const READ_BYTES: u64 = 256 << 10;
@@ -23,7 +25,8 @@ pub(super) struct Source {
     filter: Filter,
     not_before: Instant,
     released: Position,
-    end: Position,
+    /// The journal's end.
+    end: watch::Receiver<Position>,
 }
 
 enum State {
@@ -65,28 +68,30 @@ impl Route {
 
 /// What makes an event one for the lane.
 #[derive(Clone)]
-pub(super) enum Filter {
-    /// A route names the sink.
-    Sink { table: Arc<Table>, id: SinkId },
-    /// No route matches.
-    Unrouted { table: Arc<Table> },
+pub(super) struct Filter {
+    course: Arc<Course>,
+    sink: Arc<str>,
+    /// The sink in the rules in force; none for the reserved one.
+    id: Option<SinkId>,
 }
 
 impl Filter {
-    fn route(&self, event: &Event, scratch: &mut Scratch) -> Option<Route> {
-        match self {
-            Self::Sink { table, id } => {
-                let id = table.route_to(event, *id, scratch)?;
-                Some(Route::Of { table: Arc::clone(table), id })
-            }
-            Self::Unrouted { table } => table.matches(event, scratch).is_empty().then(|| Route::Named("-".into())),
+    pub(super) fn new(course: Arc<Course>, sink: Arc<str>) -> Self {
+        let id = course.table().sink(&sink);
+        Self { course, sink, id }
+    }
+
+    fn route(&self, position: Position, event: &Event, scratch: &mut Scratch) -> Option<Route> {
+        match &*self.sink {
+            UNROUTED => self.course.is_unrouted(position, event, scratch).then(|| Route::Named("-".into())),
+            sink => self.course.route_to(position, event, sink, self.id, scratch),
         }
     }
 }
 
 impl Source {
     pub(super) fn new(reader: Reader, filter: Filter) -> Self {
-        let (released, end) = (reader.position(), reader.end());
+        let (released, end) = (reader.position(), reader.watch_end());
         Self { state: State::Home(reader), filter, not_before: Instant::now(), released, end }
     }
 
@@ -113,15 +118,27 @@ impl Source {
             },
         };
         reader.release(self.released);
-        self.end = reader.end();
         let pause = match &batch {
             Err(_) => STORAGE_PAUSE,
-            Ok(batch) if batch.read_to >= self.end => GATHER,
+            Ok(batch) if batch.read_to >= self.end() => GATHER,
             Ok(_) => Duration::ZERO,
         };
         self.not_before = Instant::now() + pause;
         self.state = State::Home(reader);
         batch
+    }
+
+    /// Keeps other events from now on.
+    pub(super) fn follow(&mut self, course: Arc<Course>) {
+        self.filter = Filter::new(course, Arc::clone(&self.filter.sink));
+    }
+
+    /// How far has been read; unknown while a read is under way, which dropping [`Source::next`] does not stop.
+    pub(super) fn position(&self) -> Option<Position> {
+        match &self.state {
+            State::Home(reader) => Some(reader.position()),
+            State::Away(_) | State::Gone => None,
+        }
     }
 
     /// Nothing before `position` is needed any more.
@@ -132,12 +149,9 @@ impl Source {
         }
     }
 
-    /// The journal's end, as far as the reader has seen it.
+    /// The journal's end, also while the reader is away.
     pub(super) fn end(&self) -> Position {
-        match &self.state {
-            State::Home(reader) => reader.end(),
-            State::Away(_) | State::Gone => self.end,
-        }
+        *self.end.borrow()
     }
 }
 
@@ -148,7 +162,7 @@ fn read(mut reader: Reader, filter: &Filter) -> (Reader, Result<Batch, ReadError
     let result = reader.read(READ_BYTES, |position, record| {
         match Event::decode(record.clone()) {
             Ok(event) => {
-                if let Some(route) = filter.route(&event, &mut scratch) {
+                if let Some(route) = filter.route(position, &event, &mut scratch) {
                     found.push((position, Found::Event { event: event.detached(), route }));
                 }
             }
@@ -163,4 +177,37 @@ fn read(mut reader: Reader, filter: &Filter) -> (Reader, Result<Batch, ReadError
         Ok(()) | Err(_) => Ok(Batch { found, read_to }),
     };
     (reader, batch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::document::{Document, Environment};
+    use crate::journal::{Journal, Start};
+
+    /// Or else a lane would say that it has caught up when it has only delivered what it has read.
+    #[tokio::test]
+    async fn the_end_is_known_while_the_reader_is_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, quarantine) = (dir.path().join("journal"), dir.path().join("quarantine"));
+        let metrics = crate::journal::Metrics::new(&prometheus::Registry::new()).unwrap();
+        let opened = Journal::open(&path, &quarantine, &Default::default(), Position::ZERO, Position::ZERO, metrics);
+        let (mut journal, _) = opened.unwrap();
+        journal.start().unwrap();
+        let document = Document::parse("routes.toml", "", &Environment);
+        let table = Arc::new(Table::read(&mut document.root(), &[]));
+        let mut source =
+            Source::new(journal.reader(Start::Earliest), Filter::new(Arc::new(Course::new(table)), UNROUTED.into()));
+        let reader = std::mem::replace(&mut source.state, State::Gone);
+        let appender = journal.appender();
+        let appended = appender.append(|entries| entries.entry(|out| out.push(b'x'))).unwrap();
+        appender.submit();
+        tokio::select! {
+            result = appended => result.unwrap(),
+            () = appender.clone().courier() => unreachable!("a courier does not end"),
+        }
+        assert_eq!(source.end().since(Position::ZERO), 1);
+        drop(reader);
+        journal.close();
+    }
 }

@@ -29,7 +29,7 @@ impl Lane {
         }
         if self.settle_due || self.changes.len() > MAX_CHANGES / 2 {
             *storing = Some(self.settle());
-        } else if running && !self.paused && self.look_at().is_some_and(|at| at <= now) {
+        } else if running && !self.kept.paused && self.look_at().is_some_and(|at| at <= now) {
             *storing = Some(self.fetch(false));
         }
     }

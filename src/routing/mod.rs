@@ -14,9 +14,12 @@
 //! `regex` may match anywhere in the value unless it says `^` and `$`. Numbers and booleans, in the rules and in the
 //! event, count as the text that they were written as.
 //!
+//! [`Comparison`] says what another table would change.
+//!
 //! This part decides and does nothing else: it does not know what a sink is, only what it is called.
 
 mod condition;
+mod diff;
 mod explain;
 mod index;
 mod read;
@@ -27,6 +30,7 @@ use crate::event::Event;
 use condition::{Condition, Subject, Values};
 use index::Index;
 
+pub use diff::{Change, Comparison, Diff, Example, RouteDiff, SinkDiff, Tally};
 pub use explain::{Explanation, Mismatch, Outcome};
 pub use read::check_sink_name;
 pub use when::When;
@@ -67,6 +71,17 @@ pub struct Match {
     pub sink: SinkId,
     /// The topmost matching route that names the sink.
     pub route: RouteId,
+}
+
+/// A route, to be shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteView<'t> {
+    /// Its name.
+    pub name: &'t str,
+    /// The sinks that it leads to.
+    pub to: Vec<&'t str>,
+    /// Whether the routes below it are not tried for an event that matched it.
+    pub is_final: bool,
 }
 
 /// Memory for [`Table::matches`], to be used again for the next event, also with another table.
@@ -120,9 +135,12 @@ impl Table {
         self.sinks.iter().position(|sink| sink == name).map(SinkId)
     }
 
-    /// The names of the routes, from the top.
-    pub fn route_names(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.routes.iter().map(|route| route.name.as_str())
+    /// The routes, from the top.
+    pub fn routes(&self) -> impl ExactSizeIterator<Item = RouteView<'_>> {
+        self.routes.iter().map(|route| {
+            let to = route.to.iter().filter_map(|sink| self.sinks.get(sink.0)).map(String::as_str);
+            RouteView { name: &route.name, to: to.collect(), is_final: route.is_final }
+        })
     }
 
     /// The name of a route of this table. A route of another table has none.

@@ -7,7 +7,7 @@ use regex::RegexBuilder;
 use super::condition::{Condition, Patterns, Subject, SubjectId, Test};
 use super::index::Index;
 use super::{Route, SinkId, Table, UNROUTED};
-use crate::document::{Key, Section, Shape, Value, unknown};
+use crate::document::{Key, Section, Shape, Value, refers, unknown};
 use crate::event::Field;
 use crate::pointer::Pointer;
 
@@ -20,7 +20,18 @@ impl Table {
     /// Reads `[[routes]]` and `[unrouted]` of a document's root. `sinks` are the document's sinks in the order that
     /// [`SinkId`] counts, also those that have problems. The table may be used only if the document then has no errors.
     pub fn read(root: &mut Section<'_>, sinks: &[Key<'_>]) -> Self {
+        Self::read_with(root, sinks, None)
+    }
+
+    /// As [`Table::read`], but of a document whose references were not looked up. A condition with references is taken
+    /// from `running`, where one on the same field is written alike; else it is a problem.
+    pub fn read_beside(root: &mut Section<'_>, sinks: &[Key<'_>], running: &Self) -> Self {
+        Self::read_with(root, sinks, Some(running))
+    }
+
+    fn read_with(root: &mut Section<'_>, sinks: &[Key<'_>], running: Option<&Self>) -> Self {
         let mut reader = Reader {
+            running,
             sinks: sinks.iter().enumerate().map(|(place, sink)| (sink.name, SinkId(place))).collect(),
             ..Reader::default()
         };
@@ -39,6 +50,16 @@ impl Table {
         }
         let sinks = sinks.iter().map(|sink| sink.name.to_owned()).collect();
         Self { sinks, index: Index::new(&routes), routes, subjects: reader.subjects, keep_unrouted }
+    }
+}
+
+impl Table {
+    /// The tests of a condition on that field that is written so, if there is one.
+    fn tests(&self, field: &str, written: &str) -> Option<&[Test]> {
+        let mut conditions = self.routes.iter().flat_map(|route| &route.when);
+        let names = |condition: &Condition| self.subjects.get(condition.subject.0).is_some_and(|s| s.name() == field);
+        let found = conditions.find(|condition| condition.written == written && names(condition));
+        found.map(|condition| condition.tests.as_slice())
     }
 }
 
@@ -61,6 +82,8 @@ pub fn check_sink_name(name: &str) -> Result<(), String> {
 /// What has been seen so far.
 #[derive(Default)]
 pub(super) struct Reader<'d> {
+    /// Where conditions with references come from, if these are not looked up.
+    running: Option<&'d Table>,
     sinks: HashMap<&'d str, SinkId>,
     names: HashSet<String>,
     subjects: Vec<Subject>,
@@ -121,9 +144,15 @@ impl Reader<'_> {
 
     pub(super) fn conditions(&mut self, when: &Section<'_>) -> Vec<Condition> {
         let condition = |(key, value): (Key<'_>, Value<'_>)| {
-            let subject = self.subject(&key).map_err(|problem| when.problem_at(&key.place, problem));
-            let (tests, written) = tests(value);
-            Some(Condition { subject: subject.ok()?, tests, written })
+            let subject = self.subject(&key).map_err(|problem| when.problem_at(&key.place, problem)).ok()?;
+            let (mut tests, written) = tests(value);
+            if let Some(running) = self.running.filter(|_| refers(&written)) {
+                match running.tests(key.name, &written) {
+                    Some(known) => tests = known.to_vec(),
+                    None => when.problem_at(&key.place, UNRESOLVED),
+                }
+            }
+            Some(Condition { subject, tests, written })
         };
         when.entries().into_iter().filter_map(condition).collect()
     }
@@ -149,6 +178,9 @@ impl Reader<'_> {
         Ok(place)
     }
 }
+
+const UNRESOLVED: &str = "the value of a reference is not looked up for a comparison, unless the running rules have the \
+    same condition; write the value itself, or compare with events from a file";
 
 /// The tests of a condition, and how it was written.
 fn tests(value: Value<'_>) -> (Vec<Test>, String) {

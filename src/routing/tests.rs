@@ -39,14 +39,14 @@ fn read(source: &str) -> (Table, Vec<Problem>) {
 
 const SINKS: &str = "[sinks.a]\ntype = ''\n[sinks.b]\ntype = ''\n[sinks.c]\ntype = ''\n";
 
-fn table(routes: &str) -> Table {
+pub(super) fn table(routes: &str) -> Table {
     let (table, problems) = read(&format!("{SINKS}{routes}"));
     let errors: Vec<_> = problems.iter().filter(|p| p.severity == crate::document::Severity::Error).collect();
     assert!(errors.is_empty(), "{routes}\n{errors:?}");
     table
 }
 
-fn event(body: &str) -> Event {
+pub(super) fn event(body: &str) -> Event {
     let parsed = event::parse(body.as_bytes()).unwrap().pop().unwrap();
     let mut record = Vec::new();
     parsed.encode(parsed.id(), SystemTime::UNIX_EPOCH + Duration::from_secs(1), "aivo", None, &mut record);

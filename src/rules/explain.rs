@@ -42,7 +42,7 @@ impl Rules {
             let route = self.table.route_name(found.route);
             let name = self.table.sinks().get(found.sink.0)?;
             let sink = self.sinks.iter().find(|sink| sink.name == *name)?;
-            let (sent, error) = match sink.sink.preview(name, event, &Attempt { number: 1, route }) {
+            let (sent, error) = match sink.sink.preview(name, event, &Attempt { number: 1, route, traceparent: None }) {
                 Ok(preview) => (Some(preview), None),
                 Err(error) => (None, Some(error.text)),
             };

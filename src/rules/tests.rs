@@ -103,7 +103,10 @@ fn examples_hide_what_is_secret() {
     // Options of librdkafka are kept as they are given to it, and are never printed.
     assert!(!shown.contains("s3cret-token"), "{shown}");
     for sink in &rules.sinks {
-        let preview = sink.sink.preview(&sink.name, &event("{}"), &sink::Attempt { number: 1, route: "r" }).unwrap();
+        let preview = sink
+            .sink
+            .preview(&sink.name, &event("{}"), &sink::Attempt { number: 1, route: "r", traceparent: None })
+            .unwrap();
         assert!(!format!("{preview:?}").contains("s3cret"), "{preview:?}");
     }
 }
@@ -208,4 +211,42 @@ fn reports_problems_of_all_parts() {
 fn a_file_that_is_not_there_is_named() {
     let error = Rules::load(Path::new("/nowhere/routes.toml"), &Sample).map(drop).unwrap_err();
     assert!(error.to_string().starts_with("/nowhere/routes.toml: "), "{error}");
+}
+
+/// What a relay's secrets are need not be known to compare rules.
+#[test]
+fn sinks_are_not_judged_by_what_is_not_known() {
+    let own = "[sinks.all]\ntype = '${TYPE}'\n[sinks.ops]\ntype = 'rabbitmq'\nrouting_key = 'k'\nurls = ['${URL}']\ntls = { ca = '${CA}' }\n\
+        [[routes]]\nto = ['all', 'ops']\n";
+    for source in [&uncommented(), own] {
+        assert_eq!(routes_of("r", source, &Unresolved).map(|(_, problems)| problems).unwrap(), []);
+    }
+    let wrong = own.replace("tls", "tsl") + "[[routes]]\nto = ['${SINK}']\n";
+    let problems = routes_of("r", &wrong, &Unresolved).map(|_| ()).unwrap_err().to_string();
+    assert_eq!(problems, "r:7:1: unknown key `tsl`; did you mean `tls`?\nr:11:7: no sink has this name");
+}
+
+/// Rules from elsewhere have nothing looked up; what the running ones have is theirs too.
+#[test]
+fn conditions_with_references_are_those_of_the_running_rules() {
+    let rules = |when: &str| format!("[sinks.a]\ntype = 'stdout'\n[[routes]]\nwhen = {{ {when} }}\nto = ['a']\n");
+    let (running, _) =
+        compile(&rules("sender_id = \"${CRM_TOKEN}\", '/a' = { prefix = '${KAFKA_PASSWORD}' }")).unwrap();
+    let beside = |when: &str| routes_beside("r", &rules(when), &running.table);
+    let (table, _) =
+        beside("status = 'read', '/a' = { prefix = '${KAFKA_PASSWORD}' }, sender_id = \"${CRM_TOKEN}\"").unwrap();
+    let goes = |body: &str| !table.matches(&event(body), &mut Scratch::default()).is_empty();
+    assert!(goes(r#"{"message_status":"read","channel":{"sender_id":"s3cret-token"},"a":"s3cret-password-1"}"#));
+    assert!(!goes(r#"{"message_status":"read","channel":{"sender_id":"CRM_TOKEN"},"a":"KAFKA_PASSWORD"}"#));
+    for when in [
+        "sender_id = { not = \"${CRM_TOKEN}\" }",
+        "recipient_id = \"${CRM_TOKEN}\"",
+        "sender_id = '${KAFKA_PASSWORD}'",
+        "sender_id = '${file:/run/secrets/crm-signing}'",
+        "sender_id = { regex = '[${CRM_TOKEN}]' }",
+    ] {
+        let problems = beside(when).map(|_| ()).unwrap_err().to_string();
+        assert!(problems.starts_with("r:4:10: the value of a reference is not looked up"), "{problems}");
+        assert!(!problems.contains("s3cret"));
+    }
 }

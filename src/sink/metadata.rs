@@ -13,6 +13,7 @@ use serde::Deserialize;
 use super::Attempt;
 use crate::document::Section;
 use crate::event::{Event, Field};
+use crate::telemetry::Begin;
 use crate::template::Template;
 
 /// Media type of every body.
@@ -91,7 +92,7 @@ pub(super) fn headers(
         ("webhook-timestamp".into(), unix_seconds(now).to_string()),
         ("relay-received-at".into(), event.received_at_rfc3339()),
         ("relay-attempt".into(), attempt.number.to_string()),
-        ("traceparent".into(), event.traceparent().into_owned()),
+        ("traceparent".into(), attempt.traceparent.map_or_else(|| event.traceparent().into_owned(), str::to_owned)),
     ];
     if format == Format::CloudEvents {
         let attribute =
@@ -99,6 +100,16 @@ pub(super) fn headers(
         headers.extend(attributes(event).map(attribute));
     }
     headers
+}
+
+/// What the span of sending a message to a broker begins with.
+pub(super) fn begin(system: &'static str, destination: String, event: &Event) -> Begin {
+    Begin::producer(format!("send {destination}"))
+        .with("messaging.system", system)
+        .with("messaging.destination.name", destination)
+        .with("messaging.operation.type", "send")
+        .with("messaging.operation.name", "send")
+        .with("messaging.message.id", event.id().to_string())
 }
 
 /// Seconds since 1970, rounded down.
@@ -160,7 +171,7 @@ mod tests {
 
     fn rendered(body: &str, format: Format, binding: Binding) -> Vec<String> {
         let now = UNIX_EPOCH + std::time::Duration::from_millis(1_700_000_000_999);
-        headers(&event(body), &Attempt { number: 3, route: "all" }, now, format, binding)
+        headers(&event(body), &Attempt { number: 3, route: "all", traceparent: None }, now, format, binding)
             .into_iter()
             .map(|(name, value)| format!("{name}: {value}"))
             .collect()

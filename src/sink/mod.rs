@@ -28,12 +28,13 @@ use utoipa::ToSchema;
 
 use crate::document::Section;
 use crate::event::Event;
+use crate::telemetry::{Begin, Traces};
 use crate::template::{Escape, Template};
 
 pub(crate) use tls::install_crypto_provider;
 
 /// What a `[sinks.NAME]` table says, checked: everything in it can work, as far as that shows without connecting.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 #[expect(missing_docs, reason = "each is the sink of that type")]
 pub enum Config {
     Http(http::Config),
@@ -86,6 +87,16 @@ impl Config {
         }
     }
 
+    /// The files that building the sink reads: certificates and keys.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Http(config) => config.files(),
+            Self::Kafka(config) => config.files(),
+            Self::RabbitMq(config) => config.files(),
+            Self::Stdout(_) => Vec::new(),
+        }
+    }
+
     /// What an attempt made now by the sink `name` would send, with secrets as their `${…}` references.
     ///
     /// # Errors
@@ -104,7 +115,11 @@ impl Config {
 
 /// A destination, ready to be delivered to. Cloning is cheap, and clones share the connections.
 #[derive(Clone)]
-pub struct Sink(Arc<Client>);
+pub struct Sink {
+    client: Arc<Client>,
+    name: Arc<str>,
+    traces: Option<Traces>,
+}
 
 enum Client {
     Http(http::Http),
@@ -122,12 +137,19 @@ impl Sink {
     /// A certificate that cannot be read, or an option that the client library refuses.
     pub fn build(name: &str, config: &Config) -> Result<Self, BuildError> {
         install_crypto_provider();
-        Ok(Self(Arc::new(match config {
+        let client = match config {
             Config::Http(config) => Client::Http(http::Http::build(config.clone())?),
             Config::Kafka(config) => Client::Kafka(kafka::Kafka::build(name, config.clone())?),
             Config::RabbitMq(config) => Client::RabbitMq(rabbitmq::RabbitMq::build(name, config.clone())?),
             Config::Stdout(_) => Client::Stdout(stdout::Stdout::new(name)),
-        })))
+        };
+        Ok(Self { client: Arc::new(client), name: name.into(), traces: None })
+    }
+
+    /// With a span for every attempt, if there are traces.
+    #[must_use]
+    pub fn traced(self, traces: Option<&Traces>) -> Self {
+        Self { traces: traces.cloned(), ..self }
     }
 
     /// Makes one attempt. It ends within the sink's `timeout` (a broker that blocks publishers stops that clock), and
@@ -137,17 +159,48 @@ impl Sink {
     ///
     /// The other side has not accepted the event, or not said so: the verdict tells what to do.
     pub async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
-        match &*self.0 {
-            Client::Http(sink) => sink.deliver(event, attempt).await,
-            Client::Kafka(sink) => sink.deliver(event, attempt).await,
-            Client::RabbitMq(sink) => sink.deliver(event, attempt).await,
-            Client::Stdout(sink) => sink.deliver(event, attempt).await,
+        let Some(traces) = &self.traces else { return self.attempt(event, attempt).await.map(drop) };
+        let mut span = traces.span(self.begin(event, attempt), Some(&event.traceparent()));
+        let traceparent = span.traceparent();
+        let result = self.attempt(event, &Attempt { traceparent: Some(&traceparent), ..*attempt }).await;
+        let status = result.as_ref().map_or_else(DeliveryError::http_status, |status| *status);
+        if let Some(status) = status {
+            span.set("http.response.status_code", i64::from(status));
         }
+        if let Err(error) = &result {
+            span.fail(error.kind.clone().into_owned(), error.text.clone());
+        }
+        result.map(drop)
+    }
+
+    /// Also returns the HTTP status, if there is one.
+    async fn attempt(&self, event: &Event, attempt: &Attempt<'_>) -> Result<Option<u16>, DeliveryError> {
+        match &*self.client {
+            Client::Http(sink) => sink.deliver(event, attempt).await.map(|status| Some(status.as_u16())),
+            Client::Kafka(sink) => sink.deliver(event, attempt).await.map(|()| None),
+            Client::RabbitMq(sink) => sink.deliver(event, attempt).await.map(|()| None),
+            Client::Stdout(sink) => sink.deliver(event, attempt).await.map(|()| None),
+        }
+    }
+
+    /// What an attempt's span begins with.
+    fn begin(&self, event: &Event, attempt: &Attempt<'_>) -> Begin {
+        let begin = match &*self.client {
+            Client::Http(sink) => sink.begin(),
+            Client::Kafka(sink) => sink.begin(event),
+            Client::RabbitMq(sink) => sink.begin(event),
+            Client::Stdout(_) => Begin::internal("write"),
+        };
+        begin
+            .with("relay.event_id", event.id().to_string())
+            .with("relay.sink", self.name.to_string())
+            .with("relay.route", attempt.route.to_owned())
+            .with("relay.attempt", i64::from(attempt.number))
     }
 
     /// Hands over what is on its way and closes connections politely, within a few seconds. Deliveries after this fail.
     pub async fn close(&self) {
-        match &*self.0 {
+        match &*self.client {
             Client::Http(_) | Client::Stdout(_) => {}
             Client::Kafka(sink) => sink.close().await,
             Client::RabbitMq(sink) => sink.close().await,
@@ -162,6 +215,8 @@ pub struct Attempt<'a> {
     pub number: u32,
     /// The name of the (first) route that the event matched.
     pub route: &'a str,
+    /// The `traceparent` of the attempt's own span; without one the event's goes on.
+    pub traceparent: Option<&'a str>,
 }
 
 /// Why an attempt did not deliver.
@@ -198,6 +253,11 @@ impl DeliveryError {
     /// Whether the sink is there and only this event's place in it is missing: no reason to hold other events back.
     pub fn is_of_event(&self) -> bool {
         matches!(&*self.kind, "no_exchange" | "unknown_topic")
+    }
+
+    /// The HTTP status that stands behind it, if one does.
+    fn http_status(&self) -> Option<u16> {
+        if self.verdict == Verdict::Gone { Some(410) } else { self.kind.strip_prefix("http_")?.parse().ok() }
     }
 
     fn gone(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {

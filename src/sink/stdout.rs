@@ -14,7 +14,7 @@ use crate::document::Section;
 use crate::event::Event;
 
 /// There is nothing to set.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config(());
 
 impl Config {
@@ -92,7 +92,7 @@ mod tests {
             let event = event(body);
             let head = format!(r#"{{"id":"{}","received_at":"2023-11-14T22:13:20.123Z""#, event.id());
             let expected = format!("{head},\"sink\":\"out\",\"route\":\"every\\\"thing\",\"body\":{expected}}}\n");
-            assert_eq!(line("out", &event, &Attempt { number: 1, route: "every\"thing" }), expected);
+            assert_eq!(line("out", &event, &Attempt { number: 1, route: "every\"thing", traceparent: None }), expected);
         }
         check("{}", "{}");
         check("{ \"n\" : 1.50,\r\n\t\"s\":\"a\\nb\" }\n", "{ \"n\" : 1.50,  \t\"s\":\"a\\nb\" }");
@@ -103,7 +103,7 @@ mod tests {
         let (output, mut input) = tokio::io::duplex(64);
         let sink = Stdout { name: "out".into(), output: Mutex::new(output) };
         let event = event("{}");
-        let attempt = Attempt { number: 1, route: "all" };
+        let attempt = Attempt { number: 1, route: "all", traceparent: None };
         let all = async {
             let (first, second) = tokio::join!(sink.deliver(&event, &attempt), sink.deliver(&event, &attempt));
             first.and(second).unwrap();
@@ -120,7 +120,8 @@ mod tests {
         let (output, input) = tokio::io::duplex(64);
         drop(input);
         let sink = Stdout { name: "out".into(), output: Mutex::new(output) };
-        let error = sink.deliver(&event("{}"), &Attempt { number: 1, route: "all" }).await.unwrap_err();
+        let error =
+            sink.deliver(&event("{}"), &Attempt { number: 1, route: "all", traceparent: None }).await.unwrap_err();
         assert_eq!(error.verdict, super::super::Verdict::Retry { after: None });
     }
 }

@@ -6,7 +6,7 @@ use super::BuildError;
 use crate::document::Section;
 
 /// PEM files. With `ca` those authorities are trusted and no others.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Tls {
     ca: Option<PathBuf>,
     identity: Option<(PathBuf, PathBuf)>,
@@ -44,6 +44,12 @@ impl Tls {
     /// Whether anything is set.
     pub(super) fn is_set(&self) -> bool {
         self.ca.is_some() || self.identity.is_some()
+    }
+
+    /// The files that are read.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        let identity = self.identity.iter().flat_map(|(cert, key)| [cert, key]);
+        self.ca.iter().chain(identity).map(PathBuf::as_path)
     }
 
     /// Reads the files.

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt as _};
+use rustix::process::Signal;
 
 use crate::harness::{Answer, Client, Receiver, Relay, Reply, Setup, event, eventually, webhook, within};
 
@@ -188,6 +189,52 @@ async fn a_disk_that_the_journal_itself_fills() {
     open.store(true, Ordering::SeqCst);
     eventually("all that was accepted", || arrived(&receiver).is_superset(&accepted)).await;
     post_until_accepted(&relay, 2000, &mut accepted).await;
+    relay.stop().await;
+}
+
+/// The journal's files were made ready before the disk was full; the ledger has to grow.
+#[tokio::test]
+async fn a_relay_whose_ledger_cannot_be_written_can_be_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = Mount::tmpfs(&dir.path().join("disk"), "size=8m");
+    let test = "a_relay_whose_ledger_cannot_be_written_can_be_stopped";
+    let Some(mount) = or_skip(test, mount) else { return };
+    let setup = Setup::new("")
+        .env("RELAY_DATA_DIR", mount.0.join("data").to_string_lossy())
+        .env("RELAY_JOURNAL__SEGMENT", "1MiB")
+        .env("RELAY_JOURNAL__MIN_FREE_DISK", "0B")
+        .env("RELAY_SHUTDOWN__GRACE", "3s");
+    let mut relay = setup.start().await;
+    let mut unrouted: BTreeSet<_> = relay.post(event(0, "sent")).await.ids().into_iter().collect();
+    let spare = |entry: std::fs::DirEntry| entry.path().extension().is_some_and(|ending| ending == "spare");
+    eventually("a spare file", || mount.0.join("data/journal").read_dir().unwrap().flatten().any(spare)).await;
+    let filler = mount.fill();
+    for number in 1..4 {
+        unrouted.extend(relay.post(padded(number, 50_000)).await.ids());
+    }
+    let message = "what no route matches can't be written; trying again";
+    eventually("the ledger to fail", || !relay.logged(message).is_empty()).await;
+    let since = Instant::now();
+    relay.signal(Signal::TERM);
+    assert_eq!(relay.ended().await.code(), Some(0), "{:#?}", relay.log());
+    let took = since.elapsed();
+    assert!(took < Duration::from_secs(10), "it took {took:?} to end");
+
+    std::fs::remove_file(&filler).unwrap();
+    let relay = setup.start().await;
+    let kept = async {
+        loop {
+            let letters = relay.get("/api/v1/dead-letters?sink=unrouted").await;
+            let letters = letters["dead_letters"].as_array().unwrap();
+            let ids: BTreeSet<_> =
+                letters.iter().map(|letter| letter["event_id"].as_str().unwrap().to_owned()).collect();
+            if ids == unrouted {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within("all that no route matched to be dead letters", kept).await;
     relay.stop().await;
 }
 

@@ -93,6 +93,41 @@ async fn damage_to_the_journal_is_found_and_repaired() {
     assert_eq!((kinds(&before), &before["ok"]), (vec!["foreign"], &json!(true)));
 }
 
+/// What a crash in the middle of a write leaves: the last record is not all there. Nobody got a 200 for that one.
+#[tokio::test]
+async fn a_torn_tail_is_cut_off_and_what_is_before_it_is_delivered() {
+    let (server, inbox) = receiver(|_| Reply::Status(200)).await;
+    let setup = Setup::new(&server.routes()).env("RELAY_JOURNAL__SEGMENT", "64KiB");
+    let relay = setup.start().await;
+    let delivered = relay.post(event(0, "sent")).await.ids();
+    inbox.wait_for_ids("HTTP", delivered.clone()).await;
+    assert_eq!(relay.command(&["pause", "http"]).await.code, Some(0));
+    let mut posted = Vec::new();
+    for number in 1..6 {
+        posted.extend(relay.post(event(number, "sent")).await.ids());
+    }
+    relay.kill().await;
+    let last = segments(&setup).pop().expect("the last");
+    let bytes = fs::read(&last).expect("a segment");
+    let end = bytes.iter().rposition(|byte| *byte != 0).expect("records");
+    let file = OpenOptions::new().write(true).open(&last).expect("a file to damage");
+    file.set_len(u64::try_from(end).expect("it is small") - 100).expect("it can be cut");
+    let torn = posted.pop().expect("five were posted");
+
+    let found = setup.run(&["fsck", "--json"], "").await;
+    let report: Value = serde_json::from_str(&found.stdout).expect("JSON");
+    assert_eq!((found.code, kinds(&report)), (Some(1), vec!["torn_tail"]), "{report}");
+    assert_eq!(report["journal"]["findings"][0]["lost_events"], 0, "{report}");
+    let repaired = setup.run(&["fsck", "--repair"], "").await;
+    assert_eq!(repaired.code, Some(0), "{repaired:?}");
+
+    let relay = setup.start().await;
+    posted.extend(relay.post(event(6, "sent")).await.ids());
+    let arrived = inbox.wait_for_ids("HTTP", posted.clone()).await;
+    relay.stop().await;
+    assert!(arrived.all.iter().all(|arrival| arrival.id() != torn), "{arrived:?}");
+}
+
 #[tokio::test]
 async fn damage_to_the_ledger_is_found_and_what_is_left_is_saved() {
     let (before, after) = fsck(|setup| write(&setup.dir().join("data/ledger.sqlite"), 0, &[0xA5; 8192])).await;

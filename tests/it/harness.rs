@@ -200,12 +200,13 @@ impl Relay {
 
     /// What its admin side says there; it must be a 200.
     pub(crate) async fn get(&self, path: &str) -> Value {
-        self.ask(Request::get(path).header("host", "relay").body(Full::default()).unwrap()).await.json()
+        self.ask(Request::get(path).header("host", self.admin.to_string()).body(Full::default()).unwrap()).await.json()
     }
 
     /// Posts JSON to its admin side; the answer must be a 200.
     pub(crate) async fn operate(&self, path: &str, body: &Value) -> Value {
-        let request = Request::post(path).header("host", "relay").header("content-type", "application/json");
+        let request =
+            Request::post(path).header("host", self.admin.to_string()).header("content-type", "application/json");
         self.ask(request.body(Full::new(body.to_string().into())).unwrap()).await.json()
     }
 

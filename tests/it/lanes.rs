@@ -167,7 +167,7 @@ async fn a_sink_that_never_answers_delays_no_other() {
         relay.kill().await;
     }
     let [alone, beside] = measured[..] else { panic!("two were measured") };
-    let delayed =
-        beside.0 > alone.0 * 5 + Duration::from_millis(50) || beside.1 > alone.1 * 5 + Duration::from_millis(500);
+    // A busy machine delays single events, hardly half of them.
+    let delayed = beside.0 > alone.0 + Duration::from_millis(50) || beside.1 > alone.1 * 5 + Duration::from_millis(500);
     assert!(!delayed, "{beside:?}; alone: {alone:?}");
 }

@@ -3,11 +3,17 @@
 //! one subject.
 
 #[cfg(test)]
+mod access;
+#[cfg(test)]
 mod brokers;
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
 mod crash;
+#[cfg(test)]
+mod dashboard;
+#[cfg(test)]
+mod diff;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
@@ -25,6 +31,8 @@ mod lanes;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod metrics;
+#[cfg(test)]
 mod operating;
 #[cfg(test)]
 mod outage;
@@ -36,3 +44,9 @@ mod rabbitmq;
 mod recovery;
 #[cfg(test)]
 mod rejections;
+#[cfg(test)]
+mod reload;
+#[cfg(test)]
+mod rolling;
+#[cfg(test)]
+mod traces;

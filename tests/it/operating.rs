@@ -229,7 +229,7 @@ async fn commands_say_when_no_relay_answers() {
 }
 
 fn with_token(path: &str, token: Option<&str>) -> Request<Full<Bytes>> {
-    let request = Request::get(path).header("host", "relay");
+    let request = Request::get(path).header("host", "localhost");
     let request = token.into_iter().fold(request, |request, token| request.header("authorization", token));
     request.body(Full::default()).expect("a request")
 }
@@ -273,7 +273,7 @@ async fn the_token_guards_the_api_and_not_the_probes() {
 async fn requests_that_can_not_be_served_say_why() {
     let relay = Setup::new(&Receiver::accepting().await.routes()).start().await;
     let post = async |path: &str, body: &str| {
-        let request = Request::post(path).header("host", "relay").header("content-type", "application/json");
+        let request = Request::post(path).header("host", "localhost").header("content-type", "application/json");
         relay.ask(request.body(Full::new(body.to_owned().into())).expect("a request")).await
     };
     for query in ["limit=0", "limit=10001", "limit=x", "since=yesterday", "snik=http"] {

@@ -7,9 +7,12 @@
 //! A header value cannot hold line breaks, other control characters or anything beyond ASCII. Where an event's value
 //! has one, it is percent-encoded as UTF-8 and the rest of the value stays as it is.
 
+mod public;
 mod target;
 
+use std::borrow::Cow;
 use std::error::Error as _;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -17,6 +20,7 @@ use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use percent_encoding::{CONTROLS, utf8_percent_encode};
 
+use self::public::{NotPublic, PublicOnly};
 use self::target::Target;
 use super::metadata::{self, Binding, Format};
 use super::signing::Secrets;
@@ -24,6 +28,7 @@ use super::tls::Tls;
 use super::{Attempt, BuildError, DeliveryError, Preview, Verdict, View};
 use crate::document::Section;
 use crate::event::Event;
+use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -41,7 +46,7 @@ const FRAMING: [&str; 9] =
     ["connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"];
 
 /// The checked settings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     target: Target,
     method: Method,
@@ -50,6 +55,7 @@ pub struct Config {
     secrets: Secrets,
     timeout: Duration,
     tls: Tls,
+    deny_private: bool,
 }
 
 impl Config {
@@ -63,6 +69,10 @@ impl Config {
                 section.problem("headers", format!("the value of {name:?} holds a line break or control character"));
             }
         }
+        let deny_private = section.get("deny_private").unwrap_or(false);
+        if deny_private && target.as_ref().is_some_and(Target::is_private_address) {
+            section.problem("url", "the host is not a public address, and deny_private refuses others");
+        }
         let config = Self {
             method,
             headers: headers.into_iter().filter_map(|(name, value)| Some((name.parse().ok()?, value))).collect(),
@@ -70,9 +80,14 @@ impl Config {
             secrets: Secrets::read(section),
             timeout: super::read_timeout(section, DEFAULT_TIMEOUT),
             tls: Tls::read(section),
+            deny_private,
             target: target?,
         };
         Some(config)
+    }
+
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.tls.files().map(Path::to_owned).collect()
     }
 
     pub(super) fn preview(
@@ -83,7 +98,7 @@ impl Config {
     ) -> Result<Preview, DeliveryError> {
         let request = self.request(event, attempt, now, View::Redacted)?;
         let headers = request.headers.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
-        Ok(Preview { target: vec![("method", self.method.to_string()), ("url", request.url)], headers })
+        Ok(Preview { target: vec![("method", self.method.to_string()), ("url", self.target.shown(event)?)], headers })
     }
 
     fn request(
@@ -96,7 +111,11 @@ impl Config {
         let body = event.body();
         let mut headers = vec![(CONTENT_TYPE, metadata::CONTENT_TYPE.to_owned())];
         for (name, value) in metadata::headers(event, attempt, now, self.format, Binding::Http) {
-            headers.push((name.parse().map_err(|_| invalid_header(&name))?, value));
+            let name = match name {
+                Cow::Borrowed(name) => HeaderName::from_static(name),
+                Cow::Owned(name) => name.parse().map_err(|_| invalid_header(&name))?,
+            };
+            headers.push((name, value));
         }
         let (id, timestamp) = (event.id().to_string(), metadata::unix_seconds(now).to_string());
         if let Some(signature) = self.secrets.sign(&id, &timestamp, &body) {
@@ -106,7 +125,7 @@ impl Config {
             let value = view.render(template, event, Escape::None);
             headers.push((name.clone(), utf8_percent_encode(&value, CONTROLS).to_string()));
         }
-        Ok(Request { url: self.target.render(event, view)?, headers, body })
+        Ok(Request { headers, body })
     }
 
     /// Why building fails, if it does, as the sink's own error.
@@ -123,6 +142,9 @@ impl Config {
             .tcp_keepalive(Duration::from_secs(30))
             .pool_max_idle_per_host(MAX_IDLE)
             .pool_idle_timeout(IDLE_TIMEOUT);
+        if self.deny_private {
+            client = client.dns_resolver(PublicOnly);
+        }
         let pem = self.tls.load()?;
         if let Some(ca) = pem.ca {
             client = client.tls_certs_only(reqwest::Certificate::from_pem_bundle(ca.as_bytes()).map_err(failed)?);
@@ -136,7 +158,6 @@ impl Config {
 
 /// What one attempt sends.
 struct Request {
-    url: String,
     headers: Vec<(HeaderName, String)>,
     body: Bytes,
 }
@@ -152,24 +173,31 @@ impl Http {
         Ok(Self { client: config.client()?, config })
     }
 
-    pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
+    /// What the span of an attempt begins with. A URL may hold values of the event, or a password.
+    pub(super) fn begin(&self) -> Begin {
+        let method = self.config.method.to_string();
+        let mut begin = Begin::client(method.clone()).with("http.request.method", method);
+        if let Some((host, port)) = self.config.target.address() {
+            begin = begin.with("server.address", host).with("server.port", i64::from(port));
+        }
+        begin
+    }
+
+    /// Returns the status of an answer that accepts.
+    pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<StatusCode, DeliveryError> {
         let request = self.config.request(event, attempt, SystemTime::now(), View::Real)?;
         let mut headers = HeaderMap::with_capacity(request.headers.len());
         for (name, value) in request.headers {
             let value = HeaderValue::try_from(value).map_err(|_| invalid_header(name.as_str()))?;
             headers.append(name, value);
         }
-        let answer = self
-            .client
-            .request(self.config.method.clone(), request.url)
-            .headers(headers)
-            .body(request.body)
-            .send()
-            .await
-            .map_err(|error| transport_error(error, self.config.timeout))?;
-        let verdict = judge(answer.status(), answer.headers(), SystemTime::now());
+        let url = self.config.target.url(event)?;
+        let request = self.client.request(self.config.method.clone(), url).headers(headers).body(request.body);
+        let answer = request.send().await.map_err(|error| transport_error(error, self.config.timeout))?;
+        let status = answer.status();
+        let verdict = judge(status, answer.headers(), SystemTime::now());
         discard(answer).await;
-        verdict
+        verdict.map(|()| status)
     }
 }
 
@@ -186,17 +214,17 @@ async fn discard(mut answer: reqwest::Response) {
 
 /// What an answer means.
 fn judge(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Result<(), DeliveryError> {
-    let kind = format!("http_{}", status.as_u16());
-    let text = format!("the destination answered {status}");
+    let kind = || format!("http_{}", status.as_u16());
+    let text = || format!("the destination answered {status}");
     match status.as_u16() {
         200..=299 => Ok(()),
         408 | 425 | 429 | 500.. => {
             let after = headers.get(RETRY_AFTER).and_then(|value| retry_after(value, now));
-            Err(DeliveryError { verdict: Verdict::Retry { after }, ..DeliveryError::retry(kind, text) })
+            Err(DeliveryError { verdict: Verdict::Retry { after }, ..DeliveryError::retry(kind(), text()) })
         }
-        410 => Err(DeliveryError::gone("gone", format!("{text}: it wants no more events"))),
-        300..=399 => Err(DeliveryError::reject(kind, format!("{text}; redirects are not followed"))),
-        0..=199 | 400..=499 => Err(DeliveryError::reject(kind, text)),
+        410 => Err(DeliveryError::gone("gone", text() + ": it wants no more events")),
+        300..=399 => Err(DeliveryError::reject(kind(), text() + "; redirects are not followed")),
+        0..=199 | 400..=499 => Err(DeliveryError::reject(kind(), text())),
     }
 }
 
@@ -221,16 +249,18 @@ fn transport_error(error: reqwest::Error, timeout: Duration) -> DeliveryError {
     let connecting = error.is_connect();
     let error = error.without_url();
     let mut text = error.to_string();
-    let mut refused = false;
+    let (mut refused, mut private) = (false, false);
     let mut cause = error.source();
     while let Some(error) = cause {
         text = format!("{text}: {error}");
         refused |= error
             .downcast_ref::<std::io::Error>()
             .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+        private |= error.is::<NotPublic>();
         cause = error.source();
     }
     let kind = match (refused, connecting) {
+        _ if private => "private_address",
         (true, _) => "refused",
         (false, true) => "connect",
         (false, false) => "transport",

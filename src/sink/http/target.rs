@@ -3,12 +3,19 @@
 use url::{Position, Url};
 
 use super::super::{DeliveryError, View};
+use super::public;
 use crate::event::Event;
 use crate::template::{Escape, Template};
 
 /// A URL template whose scheme, user, host and port are the same for every event.
-#[derive(Clone, Debug)]
-pub(super) struct Target(Template);
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Target {
+    template: Template,
+    /// One of the URLs that there can be.
+    sample: Url,
+    /// Whether there is no other.
+    is_fixed: bool,
+}
 
 impl Target {
     /// # Errors
@@ -37,22 +44,37 @@ impl Target {
         if samples.iter().any(|sample| has_dot_segment(sample)) {
             return Err("the path holds \".\" or \"..\"".to_owned());
         }
-        Ok(Self(template))
+        let is_fixed = first == second && first == third;
+        Ok(Self { template, sample: first.clone(), is_fixed })
     }
 
-    /// The URL for an event, to send to or to show. Rejects an event whose values would take path segments away.
-    pub(super) fn render(&self, event: &Event, view: View) -> Result<String, DeliveryError> {
-        let real = View::Real.render(&self.0, event, Escape::Url);
-        if has_dot_segment(&real) {
-            return Err(DeliveryError::reject(
-                "invalid_url",
-                "a value makes a path segment \".\" or \"..\" of the URL",
-            ));
+    /// Whether every event would go to an address that is not public.
+    pub(super) fn is_private_address(&self) -> bool {
+        public::is_private_address(self.sample.host())
+    }
+
+    /// Host and port, which are the same for every event.
+    pub(super) fn address(&self) -> Option<(String, u16)> {
+        Some((self.sample.host_str()?.to_owned(), self.sample.port_or_known_default()?))
+    }
+
+    /// The URL for an event. Rejects an event whose values would take path segments away.
+    pub(super) fn url(&self, event: &Event) -> Result<Url, DeliveryError> {
+        if self.is_fixed {
+            return Ok(self.sample.clone());
         }
-        Ok(match view {
-            View::Real => real,
-            View::Redacted => view.render(&self.0, event, Escape::Url),
-        })
+        let invalid = |text: &str| DeliveryError::reject("invalid_url", text);
+        let url = View::Real.render(&self.template, event, Escape::Url);
+        if has_dot_segment(&url) {
+            return Err(invalid("a value makes a path segment \".\" or \"..\" of the URL"));
+        }
+        Url::parse(&url).map_err(|_| invalid("a value makes the URL one that can't be read"))
+    }
+
+    /// The same to be shown.
+    pub(super) fn shown(&self, event: &Event) -> Result<String, DeliveryError> {
+        self.url(event)?;
+        Ok(View::Redacted.render(&self.template, event, Escape::Url))
     }
 }
 
@@ -108,7 +130,7 @@ mod tests {
     fn values_stay_in_their_segment() {
         fn check(url: &str, sender_id: &str, expected: Option<&str>) {
             let event = event(&serde_json::json!({ "channel": { "sender_id": sender_id } }).to_string());
-            let rendered = Target::new(template(url)).unwrap().render(&event, View::Real);
+            let rendered = Target::new(template(url)).unwrap().url(&event).map(String::from);
             assert_eq!(rendered.as_deref().ok(), expected, "{sender_id}");
             if let Some(url) = expected {
                 assert_eq!(Url::parse(url).unwrap().as_str(), url, "a parser changes nothing");

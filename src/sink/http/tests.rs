@@ -13,7 +13,7 @@ use super::super::tests::{check_problems, config, event, template};
 use super::super::{Config as AnyConfig, Sink};
 use super::*;
 
-const ATTEMPT: Attempt<'_> = Attempt { number: 2, route: "all" };
+const ATTEMPT: Attempt<'_> = Attempt { number: 2, route: "all", traceparent: None };
 
 #[test]
 fn verdicts() {
@@ -75,6 +75,10 @@ fn problems() {
     check("url = \"http://h/\"\ntls = { cert = \"x\" }", &["3: a client certificate needs its private key"]);
     check("url = \"http://h/\"\ntls = { key = \"x\" }", &["3: a private key needs its client certificate"]);
     check("url = \"http://h/\"\nformat = \"cloud\"", &["3: "]);
+    check("url = \"http://localhost/\"\ndeny_private = true", &[]);
+    check("url = \"http://10.0.0.1/\"\ndeny_private = false", &[]);
+    check("url = \"http://10.0.0.1/\"\ndeny_private = true", &["2: the host is not a public address"]);
+    check("url = \"http://[::1]:80/\"\ndeny_private = true", &["2: the host is not a public address"]);
     check(
         "url = \"x\"\nmethod = \"get\"\nsigning_secret = \"x\"",
         &["2: not an absolute URL", "3: methods", "4: a signing"],
@@ -145,6 +149,7 @@ fn sink(url: &str) -> Sink {
         secrets: Secrets::default(),
         timeout: Duration::from_millis(500),
         tls: Tls::default(),
+        deny_private: false,
     };
     Sink::build("crm", &AnyConfig::Http(config)).unwrap()
 }
@@ -221,4 +226,19 @@ async fn a_segment_that_vanishes_is_rejected() {
     let error = sink(&format!("{}/a/..{{sender_id}}/b", server.url)).deliver(&event, &ATTEMPT).await.unwrap_err();
     assert_eq!((error.verdict, &*error.kind), (Verdict::Reject, "invalid_url"));
     assert!(server.requests().is_empty());
+}
+
+#[tokio::test]
+async fn only_public_addresses_are_connected_to() {
+    let server = Server::start(200, Bytes::new()).await;
+    let port = server.url.rsplit(':').next().unwrap();
+    let sink = |deny_private: bool| {
+        let table = format!("type = \"http\"\nurl = \"http://localhost:{port}/\"\ndeny_private = {deny_private}");
+        Sink::build("crm", &config(&table).unwrap()).unwrap()
+    };
+    let error = sink(true).deliver(&event(BODY), &ATTEMPT).await.unwrap_err();
+    assert_eq!((error.verdict, &*error.kind), (Verdict::Retry { after: None }, "private_address"), "{error}");
+    assert!(error.text.contains("the host has no public address"), "{error}");
+    assert_eq!(server.connections.load(Ordering::SeqCst), 0);
+    sink(false).deliver(&event(BODY), &ATTEMPT).await.unwrap();
 }

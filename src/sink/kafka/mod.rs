@@ -11,6 +11,7 @@ mod producer;
 mod verdict;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -21,6 +22,7 @@ use super::metadata::{self, Binding, Format};
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
 use crate::document::Section;
 use crate::event::{Event, Field};
+use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,7 +46,7 @@ const RESERVED_OPTIONS: [(&str, &str); 12] = [
 ];
 
 /// The checked settings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     brokers: String,
     topic: Template,
@@ -74,6 +76,12 @@ impl Config {
             return None;
         }
         Some(config)
+    }
+
+    /// The options that name a file.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let files = self.options.iter().filter(|(option, _)| option.ends_with(".location"));
+        files.map(|(_, path)| path.into()).collect()
     }
 
     pub(super) fn preview(
@@ -164,6 +172,11 @@ impl Kafka {
         let batched = Producer::new(name, config.client(Batching::Many));
         batched.prepare().map_err(|error| BuildError::Client(error.into()))?;
         Ok(Self { batched, single: Producer::new(name, config.client(Batching::One)), config })
+    }
+
+    /// What the span of an attempt begins with.
+    pub(super) fn begin(&self, event: &Event) -> Begin {
+        metadata::begin("kafka", self.config.topic.render_redacted(event, Escape::None), event)
     }
 
     /// A broker that finds a batch too large refuses all of it. Only a record that is refused on its own is too large.

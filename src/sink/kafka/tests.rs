@@ -8,7 +8,7 @@ use super::super::tests::{check_problems, config, event};
 use super::super::{Sink, Verdict};
 use super::*;
 
-const ATTEMPT: Attempt<'_> = Attempt { number: 1, route: "all" };
+const ATTEMPT: Attempt<'_> = Attempt { number: 1, route: "all", traceparent: None };
 const BODY: &str = r#"{"message_id":"wamid.A","message_status":"read"}"#;
 
 #[test]

@@ -106,6 +106,8 @@ pub(super) struct Session {
     /// Exchanges that were there when they were last looked for.
     exchanges: RwLock<HashSet<String>>,
     looking: tokio::sync::Mutex<()>,
+    /// Closes itself when the last is dropped. While the connection is being closed, now and then neither would end.
+    _channel: Channel,
     _cut: Cut,
 }
 
@@ -266,7 +268,8 @@ impl Dialer {
         }
         let (jobs, receiver) = mpsc::channel(QUEUED_JOBS);
         let looking = tokio::sync::Mutex::new(());
-        let session = Session { connection, jobs, exchanges: exchanges.into(), looking, _cut: cut };
+        let (exchanges, kept) = (exchanges.into(), channel.clone());
+        let session = Session { connection, jobs, exchanges, looking, _channel: kept, _cut: cut };
         Ok((Arc::new(session), channel, receiver))
     }
 }

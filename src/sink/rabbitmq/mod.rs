@@ -13,6 +13,7 @@ mod confirms;
 mod link;
 mod publisher;
 
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::{Duration, SystemTime};
 
@@ -31,6 +32,7 @@ use super::tls::Tls;
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
 use crate::document::Section;
 use crate::event::Event;
+use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,7 +44,7 @@ const MAX_SHORT: usize = u8::MAX as usize;
 const MAX_HEADERS: usize = 64 * 1024;
 
 /// The checked settings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     urls: Vec<AmqpUrl>,
     exchange: Template,
@@ -55,11 +57,11 @@ pub struct Config {
 }
 
 /// A broker's address. Debug does not show its credentials.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 struct AmqpUrl(AMQPUri);
 
 /// An exchange to declare whenever a connection is made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct Declare {
     exchange: String,
     kind: ExchangeKind,
@@ -80,7 +82,7 @@ impl Config {
             section.problem("routing_key", "the default exchange needs a `routing_key`: the name of the queue");
         }
         let tls = Tls::read(section);
-        if tls.is_set() && !urls.iter().any(AmqpUrl::is_tls) {
+        if tls.is_set() && !urls.is_empty() && !urls.iter().any(AmqpUrl::is_tls) {
             section.problem("tls", "no URL uses TLS; write amqps://");
         }
         Some(Self {
@@ -93,6 +95,10 @@ impl Config {
             routing_key,
             tls,
         })
+    }
+
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.tls.files().map(Path::to_owned).collect()
     }
 
     pub(super) fn preview(
@@ -193,14 +199,25 @@ impl RabbitMq {
         Ok(Self { config, link: Link::start(dialer) })
     }
 
+    /// What the span of an attempt begins with. The default exchange has no name: there the key names the queue.
+    pub(super) fn begin(&self, event: &Event) -> Begin {
+        let named = if self.config.exchange.as_literal() == Some("") {
+            &self.config.routing_key
+        } else {
+            &self.config.exchange
+        };
+        metadata::begin("rabbitmq", named.render_redacted(event, Escape::None), event)
+    }
+
     pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
         let message = self.config.message(event, attempt, SystemTime::now(), View::Real)?;
-        let publish = async {
+        let mut publish = pin!(async {
             let session = self.link.session().await?;
             session.require_exchange(&message.exchange).await?;
             session.publish(message).await
-        };
-        let in_time = within(self.config.timeout, self.link.blocked(), publish).await;
+        });
+        // By reference, or the attempt would take twice the memory.
+        let in_time = within(self.config.timeout, self.link.blocked(), &mut publish).await;
         in_time.unwrap_or_else(|| {
             let timeout = humantime::format_duration(self.config.timeout);
             Err(DeliveryError::retry("timeout", format!("the broker did not confirm within {timeout}")))
@@ -213,8 +230,11 @@ impl RabbitMq {
 }
 
 /// Waits for `work`, but at most for `timeout` in which `paused` is not true.
-async fn within<T>(timeout: Duration, mut paused: watch::Receiver<bool>, work: impl Future<Output = T>) -> Option<T> {
-    let mut work = pin!(work);
+async fn within<T>(
+    timeout: Duration,
+    mut paused: watch::Receiver<bool>,
+    mut work: impl Future<Output = T> + Unpin,
+) -> Option<T> {
     let mut left = timeout;
     loop {
         let running = !*paused.borrow_and_update();

@@ -2,7 +2,7 @@ use super::super::tests::{check_problems, config, event};
 use super::super::{Sink, Verdict};
 use super::*;
 
-const ATTEMPT: Attempt<'_> = Attempt { number: 1, route: "all" };
+const ATTEMPT: Attempt<'_> = Attempt { number: 1, route: "all", traceparent: None };
 
 #[test]
 fn problems() {
@@ -106,9 +106,7 @@ async fn the_clock_stops_while_blocked() {
     async fn check(blocked: &[(u64, bool)], work_s: u64, expected: Option<u64>) {
         let (sender, receiver) = watch::channel(false);
         let start = Instant::now();
-        let work = async {
-            tokio::time::sleep(Duration::from_secs(work_s)).await;
-        };
+        let work = pin!(tokio::time::sleep(Duration::from_secs(work_s)));
         let block = async {
             for (at_s, blocked) in blocked {
                 tokio::time::sleep_until(start + Duration::from_secs(*at_s)).await;

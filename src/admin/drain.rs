@@ -1,0 +1,97 @@
+//! Waiting until everything is delivered, before a relay and its disk are taken away.
+
+#![expect(unused_qualifications, reason = "in what the macros write")]
+
+use std::time::Duration;
+
+use axum::extract::State;
+use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+use utoipa::{IntoParams, ToSchema};
+
+use super::problem::{Failed, Json, Problem, Query};
+use super::{Operated, Shared};
+use crate::journal::Position;
+
+/// How long a request waits unless it says otherwise, and at most.
+const WAIT: f64 = 30.0;
+const MAX_WAIT: f64 = 60.0;
+/// How often lanes are asked.
+const POLL: Duration = Duration::from_millis(100);
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Drain {
+    /// The position to be drained to; without it the journal's end at the time of the request.
+    #[param(minimum = 0)]
+    up_to: Option<i64>,
+    /// How many seconds to wait at most, up to 60; 30 without it.
+    #[param(minimum = 0, maximum = 60)]
+    wait: Option<f64>,
+}
+
+/// How far the lanes have come.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Drained {
+    /// Whether no sink has anything left to deliver. Dead letters do not count: nobody tries them again by himself.
+    drained: bool,
+    /// For `up_to` of the next request.
+    up_to: i64,
+    sinks: Vec<Left>,
+}
+
+/// What a sink has left to deliver.
+#[derive(Serialize, ToSchema)]
+struct Left {
+    name: String,
+    /// Events before `up_to` after the cursor; not all of them are this sink's.
+    lag_events: u64,
+    /// Deliveries that wait for their next attempt.
+    parked: usize,
+    /// It has to be resumed before it delivers anything.
+    paused: bool,
+}
+
+/// Waits until everything that was accepted before the request is delivered or a dead letter. The relay goes on as
+/// before: take it out of the balancer first. Where one request is not long enough, repeat it with `up_to` of the answer.
+#[utoipa::path(
+    post,
+    path = "/api/v1/drain",
+    params(Drain),
+    responses((status = 200, body = Drained), Failed)
+)]
+pub(super) async fn drain(
+    State(operated): State<Shared>,
+    Query(drain): Query<Drain>,
+) -> Result<Json<Drained>, Problem> {
+    let wait = drain.wait.unwrap_or(WAIT);
+    if !(0.0..=MAX_WAIT).contains(&wait) {
+        return Err(Problem::bad_request(format!("`wait` is {wait}; it must be from 0 to {MAX_WAIT} seconds")));
+    }
+    if let Some(up_to) = drain.up_to.filter(|up_to| *up_to < 0) {
+        return Err(Problem::bad_request(format!("`up_to` is {up_to}; positions begin at 0")));
+    }
+    let end = operated.journal.end();
+    let up_to = drain.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));
+    let deadline = Instant::now() + Duration::from_secs_f64(wait);
+    loop {
+        let sinks = left(&operated, up_to).await?;
+        let drained = sinks.iter().all(|sink| sink.lag_events == 0 && sink.parked == 0);
+        if drained || Instant::now() >= deadline {
+            return Ok(Json(Drained { drained, up_to: up_to.to_stored(), sinks }));
+        }
+        sleep(POLL).await;
+    }
+}
+
+async fn left(operated: &Operated, up_to: Position) -> Result<Vec<Left>, Problem> {
+    let live = operated.live.load_full();
+    let sinks = live.lanes.iter().map(|(name, control)| async move {
+        let status = control.status().await?;
+        let lag_events = up_to.since(status.cursor);
+        Ok::<_, Problem>(Left { name: name.clone(), lag_events, parked: status.parked, paused: status.paused })
+    });
+    try_join_all(sinks).await
+}

@@ -1,0 +1,372 @@
+//! The rules that lanes follow, and those before them.
+//!
+//! Lanes are at different places in the journal when rules change. Each follows the new ones for everything that it has
+//! not read yet. That alone would lose events: one that moves from a slow sink to another is read by the slow one's lane
+//! under the new rules, when the other's lane has read past it under the old ones. Such an event keeps its old sinks.
+//!
+//! Pure: it knows positions and names, and reads nothing.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::source::Route;
+use crate::event::Event;
+use crate::journal::Position;
+use crate::routing::{Scratch, SinkId, Table, UNROUTED};
+
+/// So many changes of the rules are remembered for lanes that have not read past them.
+const MAX_CHANGES: usize = 1000;
+
+/// The rules, and for events that some lane had read when they came into force, those before.
+#[derive(Clone)]
+pub struct Course {
+    now: Arc<Stage>,
+    /// The oldest first.
+    earlier: Vec<Arc<Stage>>,
+}
+
+/// Rules that came into force.
+struct Stage {
+    table: Arc<Table>,
+    /// How far each lane had read by then.
+    passed: HashMap<String, Position>,
+    /// How far the first of them had.
+    until: Position,
+}
+
+/// The rules have changed too often for a lane that does not read on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the rules have changed {MAX_CHANGES} times and a sink still has to deliver events from before that: let it catch up (is it paused, or its destination gone?), or stop the relay, before they change again"
+)]
+pub struct TooManyChanges;
+
+impl Course {
+    /// Rules without any before them.
+    pub fn new(table: Arc<Table>) -> Self {
+        let stage = Stage { table, passed: HashMap::new(), until: Position::ZERO };
+        Self { now: Arc::new(stage), earlier: Vec::new() }
+    }
+
+    /// New rules after these; `passed`: how far each lane has read by these, or where it begins if it is new. Nobody reads
+    /// anything before `needed` again.
+    ///
+    /// # Errors
+    ///
+    /// [`TooManyChanges`].
+    pub fn then(
+        &self,
+        table: Arc<Table>,
+        passed: HashMap<String, Position>,
+        needed: Position,
+    ) -> Result<Self, TooManyChanges> {
+        let until = passed.values().max().copied().unwrap_or(Position::ZERO);
+        let now = Arc::new(Stage { table, passed, until });
+        if until <= needed {
+            return Ok(Self { now, earlier: Vec::new() });
+        }
+        let earlier: Vec<_> = self.stages(needed).cloned().collect();
+        if earlier.len() > MAX_CHANGES { Err(TooManyChanges) } else { Ok(Self { now, earlier }) }
+    }
+
+    /// The rules in force.
+    pub fn table(&self) -> &Arc<Table> {
+        &self.now.table
+    }
+
+    /// The route that brings an event to a sink, `id` in the rules in force; if it does.
+    pub(super) fn route_to(
+        &self,
+        position: Position,
+        event: &Event,
+        sink: &str,
+        id: Option<SinkId>,
+        scratch: &mut Scratch,
+    ) -> Option<Route> {
+        if self.now.until <= position {
+            let route = self.table().route_to(event, id?, scratch)?;
+            return Some(Route::Of { table: Arc::clone(self.table()), id: route });
+        }
+        let holders = self.holders(position, event, scratch);
+        holders.into_iter().find(|(holder, _)| *holder == sink).map(|(_, route)| route)
+    }
+
+    /// Whether an event is one of those that no route matches.
+    pub(super) fn is_unrouted(&self, position: Position, event: &Event, scratch: &mut Scratch) -> bool {
+        if self.now.until <= position {
+            return self.table().matches(event, scratch).is_empty();
+        }
+        self.holders(position, event, scratch).iter().any(|(holder, _)| *holder == UNROUTED)
+    }
+
+    /// What decides about an event, the oldest first: the last rules that came into force before any lane had read it, and
+    /// all after them.
+    fn stages(&self, position: Position) -> impl Iterator<Item = &Arc<Stage>> {
+        let all = self.earlier.iter().chain([&self.now]);
+        let first = match self.now.until <= position {
+            true => self.earlier.len(),
+            false => self.earlier.iter().rposition(|stage| stage.until <= position).unwrap_or(0),
+        };
+        all.skip(first)
+    }
+
+    /// The sinks that have or will have taken an event, with their routes.
+    fn holders(&self, position: Position, event: &Event, scratch: &mut Scratch) -> Vec<(&str, Route)> {
+        let mut stages = self.stages(position);
+        let first = stages.next().map(|stage| stage.named(event, scratch)).unwrap_or_default();
+        stages.fold(first, |holders, stage| stage.holders(position, stage.named(event, scratch), holders))
+    }
+}
+
+impl Stage {
+    /// The sinks that the rules name for an event.
+    fn named(&self, event: &Event, scratch: &mut Scratch) -> Vec<(&str, Route)> {
+        let sinks = self.table.sinks();
+        let named = self.table.matches(event, scratch).iter().filter_map(|found| {
+            let route = Route::Of { table: Arc::clone(&self.table), id: found.route };
+            Some((sinks.get(found.sink.0)?.as_str(), route))
+        });
+        let mut named: Vec<_> = named.collect();
+        if named.is_empty() {
+            named.push((UNROUTED, Route::Named("-".into())));
+        }
+        named
+    }
+
+    /// The sinks that take an event which these rules name sinks for, and that was others' before.
+    fn holders<'r>(
+        &self,
+        position: Position,
+        named: Vec<(&'r str, Route)>,
+        before: Vec<(&'r str, Route)>,
+    ) -> Vec<(&'r str, Route)> {
+        let contains = |holders: &[(&str, Route)], sink: &str| holders.iter().any(|(holder, _)| *holder == sink);
+        let has_passed = |sink: &str| self.passed.get(sink).is_some_and(|passed| *passed > position);
+        let (missed, mut holders): (Vec<_>, Vec<_>) =
+            named.into_iter().partition(|(sink, _)| has_passed(sink) && !contains(&before, sink));
+        for (sink, route) in before {
+            let stays = has_passed(sink) || !missed.is_empty();
+            if stays && !contains(&holders, sink) {
+                holders.push((sink, route));
+            }
+        }
+        holders
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{Rng as _, SeedableRng as _};
+
+    use super::*;
+    use crate::document::Environment;
+    use crate::event;
+    use crate::rules::Rules;
+
+    /// Rules by which every event goes to these sinks; for none it is unrouted.
+    fn table(to: &[&str]) -> Arc<Table> {
+        let sinks = "[sinks.a]\ntype = \"stdout\"\n[sinks.b]\ntype = \"stdout\"\n[sinks.c]\ntype = \"stdout\"\n";
+        let route = if to.is_empty() { String::new() } else { format!("[[routes]]\nto = {to:?}\n") };
+        Rules::compile("routes.toml", &format!("{sinks}{route}"), &Environment).unwrap().0.table
+    }
+
+    fn at(position: i64) -> Position {
+        Position::from_stored(position)
+    }
+
+    /// New rules, of lanes that do not go back.
+    fn then(course: &Course, table: Arc<Table>, passed: HashMap<String, Position>) -> Course {
+        let needed = passed.values().min().copied().unwrap();
+        course.then(table, passed, needed).unwrap()
+    }
+
+    fn passed(lanes: &[(&str, i64)]) -> HashMap<String, Position> {
+        lanes.iter().map(|(name, position)| ((*name).to_owned(), at(*position))).collect()
+    }
+
+    #[track_caller]
+    fn check(course: &Course, position: i64, expected: &[&str]) {
+        let event = event::sample(br#"{"message_id":"m"}"#, "t").unwrap().remove(0);
+        let mut scratch = Scratch::default();
+        let mut found: Vec<_> = ["a", "b", "c"]
+            .into_iter()
+            .filter(|sink| {
+                let id = course.table().sink(sink);
+                course.route_to(at(position), &event, sink, id, &mut scratch).is_some()
+            })
+            .collect();
+        if course.is_unrouted(at(position), &event, &mut scratch) {
+            found.push(UNROUTED);
+        }
+        assert_eq!(found, expected, "at {position}");
+    }
+
+    #[test]
+    fn what_was_not_read_follows_the_new_rules() {
+        let old = Course::new(table(&["a", "b"]));
+        let new = then(&old, table(&["b"]), passed(&[("a", 10), ("b", 20), ("c", 20), (UNROUTED, 20)]));
+        // The lane of b has it by the old rules.
+        check(&new, 15, &["b"]);
+        check(&new, 25, &["b"]);
+    }
+
+    #[test]
+    fn an_event_keeps_its_old_sink_where_its_new_one_has_read_past_it() {
+        let old = Course::new(table(&["a"]));
+        let new = then(&old, table(&["b"]), passed(&[("a", 10), ("b", 20), ("c", 15), (UNROUTED, 20)]));
+        check(&new, 10, &["a"]);
+        check(&new, 19, &["a"]);
+        check(&new, 20, &["b"]);
+        let newer = then(&new, table(&["c"]), passed(&[("a", 12), ("b", 25), ("c", 17), (UNROUTED, 25)]));
+        // c will read it; a need not deliver it.
+        check(&newer, 18, &["c"]);
+        // c has read past it, and so had b: it stays where it was.
+        check(&newer, 14, &["a"]);
+        // b has it already.
+        check(&newer, 22, &["b", "c"]);
+        check(&newer, 25, &["c"]);
+    }
+
+    #[test]
+    fn a_new_sink_that_begins_at_the_end_takes_nothing_from_others() {
+        let old = Course::new(table(&["a"]));
+        let new = then(&old, table(&["c"]), passed(&[("a", 10), ("c", 30), (UNROUTED, 28)]));
+        check(&new, 29, &["a"]);
+        check(&new, 30, &["c"]);
+    }
+
+    /// Rules do not make a sink have what it has read past, however often they name it.
+    #[test]
+    fn rules_that_change_back_and_forth_while_a_sink_is_slow() {
+        let mut course = Course::new(table(&["a"]));
+        for (to, b) in [("b", 20), ("b", 30), ("a", 40), ("b", 50)] {
+            course = then(&course, table(&[to]), passed(&[("a", 10), ("b", b), (UNROUTED, b)]));
+        }
+        check(&course, 15, &["a"]);
+        // Between the first change and the second, all went to b.
+        check(&course, 25, &["b"]);
+        check(&course, 35, &["b"]);
+        // It was to go to a when b read it, and is to go to b, which has read past it.
+        check(&course, 45, &["a"]);
+        check(&course, 50, &["b"]);
+    }
+
+    /// The lane of a ends because its sink has changed: what it had read and not delivered, the next one reads again.
+    #[test]
+    fn a_lane_that_goes_back_finds_the_rules_of_its_time() {
+        let old = Course::new(table(&["a"]));
+        let lanes = |position| passed(&[("a", 20), ("b", position), (UNROUTED, position)]);
+        let new = old.then(table(&["b"]), lanes(20), at(10)).unwrap();
+        let newer = new.then(table(&["b"]), lanes(30), at(10)).unwrap();
+        check(&newer, 15, &["a"]);
+        check(&newer, 25, &["b"]);
+        // The next one has read a part of it again.
+        let newest = newer.then(table(&["b"]), passed(&[("a", 16), ("b", 30), (UNROUTED, 30)]), at(12)).unwrap();
+        check(&newest, 14, &["a"]);
+        check(&newest, 18, &["a"]);
+        check(&newest, 25, &["b"]);
+    }
+
+    #[test]
+    fn unrouted_is_a_sink_too() {
+        let old = Course::new(table(&["a"]));
+        let new = then(&old, table(&[]), passed(&[("a", 10), ("b", 10), ("c", 10), (UNROUTED, 20)]));
+        check(&new, 15, &["a"]);
+        check(&new, 20, &[UNROUTED]);
+        let back = then(&new, table(&["a"]), passed(&[("a", 10), ("b", 30), ("c", 30), (UNROUTED, 30)]));
+        check(&back, 15, &["a"]);
+        check(&back, 29, &["a", UNROUTED]);
+    }
+
+    #[test]
+    fn only_as_many_changes_are_remembered_as_somebody_needs() {
+        let lanes = |position| passed(&[("a", position), ("b", position), ("c", position), (UNROUTED, position)]);
+        let mut course = Course::new(table(&["a"]));
+        for position in 0..10 {
+            course = then(&course, table(&["a"]), lanes(position));
+        }
+        assert_eq!(course.earlier.len(), 0);
+        let slow = |position| passed(&[("a", 5), ("b", position)]);
+        for position in 10..10 + i64::try_from(MAX_CHANGES).unwrap() {
+            course = then(&course, table(&["b"]), slow(position));
+        }
+        assert_eq!(course.earlier.len(), MAX_CHANGES);
+        check(&course, 9, &["a"]);
+        assert_eq!(course.then(table(&["b"]), slow(2000), at(5)).err(), Some(TooManyChanges));
+        // It has caught up.
+        assert_eq!(then(&course, table(&["b"]), passed(&[("a", 1005), ("b", 2000)])).earlier.len(), 5);
+    }
+
+    const EVENTS: usize = 40;
+
+    /// A lane that reads, and has delivered what is before its cursor.
+    struct Reading {
+        name: &'static str,
+        cursor: usize,
+        read_to: usize,
+        taken: [bool; EVENTS],
+    }
+
+    impl Reading {
+        fn read(&mut self, course: &Course, count: usize) {
+            let event = event::sample(br#"{"message_id":"m"}"#, "t").unwrap().remove(0);
+            let mut scratch = Scratch::default();
+            for position in (self.read_to..EVENTS).take(count) {
+                let at = place(position);
+                self.taken[position] = match self.name {
+                    UNROUTED => course.is_unrouted(at, &event, &mut scratch),
+                    sink => course.route_to(at, &event, sink, course.table().sink(sink), &mut scratch).is_some(),
+                };
+                self.read_to = position + 1;
+            }
+        }
+
+        /// Another begins where this one had delivered all.
+        fn go_back(&mut self) {
+            self.taken[self.cursor..].fill(false);
+            self.read_to = self.cursor;
+        }
+    }
+
+    fn place(position: usize) -> Position {
+        at(i64::try_from(position).unwrap())
+    }
+
+    /// Lanes that read on and are replaced as they like while rules change: each event is taken by somebody, and by just
+    /// those that the last rules name if no lane had read it when they came into force.
+    #[test]
+    fn whatever_happens_every_event_is_taken() {
+        let sets: [&[&str]; 6] = [&["a"], &["b"], &["c"], &["a", "b"], &["b", "c"], &[]];
+        let tables = sets.map(table);
+        for seed in 0..500 {
+            let mut random = SmallRng::seed_from_u64(seed);
+            let lane = |name| Reading { name, cursor: 0, read_to: 0, taken: [false; EVENTS] };
+            let mut lanes = ["a", "b", "c", UNROUTED].map(lane);
+            let (mut course, mut last) = (Course::new(Arc::clone(&tables[0])), 0);
+            for _ in 0..random.random_range(5..80) {
+                let lane = &mut lanes[random.random_range(0..4)];
+                match random.random_range(0..6) {
+                    0 => {
+                        last = random.random_range(0..sets.len());
+                        let passed = lanes.iter().map(|lane| (lane.name.to_owned(), place(lane.read_to))).collect();
+                        let needed = lanes.iter().map(|lane| place(lane.cursor)).min().unwrap();
+                        course = course.then(Arc::clone(&tables[last]), passed, needed).unwrap();
+                    }
+                    1 => lane.go_back(),
+                    2 => lane.cursor = random.random_range(lane.cursor..=lane.read_to),
+                    _ => lane.read(&course, random.random_range(1..8)),
+                }
+            }
+            lanes.iter_mut().for_each(|lane| lane.read(&course, EVENTS));
+            for position in 0..EVENTS {
+                let takers: Vec<_> = lanes.iter().filter(|lane| lane.taken[position]).map(|lane| lane.name).collect();
+                assert!(!takers.is_empty(), "seed {seed}: nobody takes {position}");
+                if course.now.until <= place(position) {
+                    let wanted = if sets[last].is_empty() { &[UNROUTED] } else { sets[last] };
+                    assert_eq!(takers, wanted, "seed {seed}: {position}");
+                }
+            }
+        }
+    }
+}

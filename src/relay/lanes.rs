@@ -1,0 +1,423 @@
+//! The lanes of a running relay: starting them where they left off, and changing them with the rules.
+//!
+//! A lane whose sink has not changed is only told the new rules: its connections, and what is under way, are not
+//! touched. One whose sink has changed finishes what is under way with the old settings, and another goes on where it
+//! ended. One whose sink is gone finishes too, and what it had parked become dead letters.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use futures_util::future::join_all;
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::sleep;
+use tracing::{error, warn};
+
+use super::{RunError, SINK_CLOSE};
+use crate::admin::{Live, Outcome, Reload};
+use crate::journal::{Position, Start, View};
+use crate::lane::{Beginning, Control, Course, Kept, Lane, Metrics, Phase, Remains, StartAt, Unrouted, Whereabouts};
+use crate::ledger::{Ledger, Progress};
+use crate::routing::UNROUTED;
+use crate::rules::{Rules, SinkRules};
+use crate::sink::{BuildError, Sink};
+use crate::telemetry::Traces;
+
+/// All lanes.
+pub(super) struct Lanes {
+    journal: View,
+    ledger: Ledger,
+    rules: Rules,
+    course: Arc<Course>,
+    running: BTreeMap<String, Running>,
+    tasks: JoinSet<(String, Remains)>,
+    live: Arc<ArcSwap<Live>>,
+    loaded_at: SystemTime,
+    last_reload: Option<Reload>,
+    metrics: Metrics,
+    traces: Option<Traces>,
+    /// How long a lane may take that ends because its sink has changed.
+    grace: Duration,
+}
+
+/// A lane that runs.
+struct Running {
+    carries: Carries,
+    control: Control,
+    /// Where it began, or was when the rules changed last. One that takes its place may go on from the cursor.
+    at: Whereabouts,
+    phase: watch::Sender<Phase>,
+    /// What happens when it has ended.
+    then: Then,
+}
+
+/// A lane that has ended.
+pub(super) struct Ended(Result<(String, Remains), JoinError>);
+
+/// What a lane is for.
+enum Carries {
+    Sink(Box<SinkRules>, Sink),
+    Unrouted,
+}
+
+enum Then {
+    /// It is not expected to end.
+    Fail,
+    /// Another goes on.
+    Start(Carries),
+    /// Its sink is gone.
+    Close,
+}
+
+/// What a change of the rules needs that can fail.
+#[derive(Default)]
+pub(super) struct Plan {
+    added: Vec<(String, Carries)>,
+    replaced: Vec<(String, Carries)>,
+}
+
+/// What a change of the rules means for the sinks.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    pub(super) added: Vec<String>,
+    pub(super) changed: Vec<String>,
+    pub(super) removed: Vec<String>,
+}
+
+impl Carries {
+    fn build(rules: &SinkRules, traces: Option<&Traces>) -> Result<Self, BuildError> {
+        let sink = Sink::build(&rules.name, &rules.sink)?.traced(traces);
+        Ok(Self::Sink(Box::new(rules.clone()), sink))
+    }
+
+    fn is(&self, rules: &SinkRules) -> bool {
+        matches!(self, Self::Sink(own, _) if **own == *rules)
+    }
+
+    fn start(&self) -> StartAt {
+        match self {
+            Self::Sink(rules, _) => rules.lane.start,
+            Self::Unrouted => StartAt::End,
+        }
+    }
+}
+
+/// Closes a sink's connections, within a time.
+async fn close(name: &str, carries: &Carries) {
+    if let Carries::Sink(_, sink) = carries
+        && tokio::time::timeout(SINK_CLOSE, sink.close()).await.is_err()
+    {
+        warn!(sink = name, "a sink did not close in time");
+    }
+}
+
+impl Lanes {
+    /// Starts all lanes where they left off; `progress` is what the ledger knows of them.
+    pub(super) async fn start(
+        rules: Rules,
+        (journal, ledger): (View, Ledger),
+        progress: HashMap<String, Progress>,
+        grace: Duration,
+        metrics: Metrics,
+        traces: Option<Traces>,
+    ) -> Result<Self, RunError> {
+        let knew_none = progress.is_empty();
+        let course = Arc::new(Course::new(Arc::clone(&rules.table)));
+        let loaded_at = SystemTime::now();
+        let live = Live { rules: rules.clone(), lanes: Vec::new(), loaded_at, last_reload: None };
+        let live = Arc::new(ArcSwap::from_pointee(live));
+        let (running, tasks, last_reload) = (BTreeMap::new(), JoinSet::new(), None);
+        let mut lanes = Self {
+            journal,
+            ledger,
+            rules,
+            course,
+            running,
+            tasks,
+            live,
+            loaded_at,
+            last_reload,
+            metrics,
+            traces,
+            grace,
+        };
+        if knew_none && lanes.journal.end() > lanes.journal.reader(Start::Earliest).position() {
+            error!(
+                "the ledger knows no sink, and the journal has events: every sink begins with the oldest that is kept"
+            );
+        }
+        let mut wanted = Vec::new();
+        for sink in &lanes.rules.sinks {
+            wanted.push((sink.name.clone(), Carries::build(sink, lanes.traces.as_ref())?));
+        }
+        wanted.push((UNROUTED.to_owned(), Carries::Unrouted));
+        for (name, carries) in wanted {
+            // A sink that a new ledger does not know is not a new sink, or there are no events yet.
+            let start = if knew_none { StartAt::Earliest } else { carries.start() };
+            let beginning = lanes.beginning(&name, progress.get(&name).cloned(), start).await?;
+            lanes.spawn(name, carries, beginning, None);
+        }
+        for (name, Progress { cursor, .. }) in progress {
+            if !lanes.running.contains_key(&name) {
+                lanes.close_lane(&name, cursor).await?;
+            }
+        }
+        lanes.publish();
+        Ok(lanes)
+    }
+
+    /// The rules in force, and how to reach the lanes.
+    pub(super) fn live(&self) -> Arc<ArcSwap<Live>> {
+        Arc::clone(&self.live)
+    }
+
+    /// Waits until a lane has ended. Nothing is lost if the future is dropped.
+    pub(super) async fn ended(&mut self) -> Ended {
+        match self.tasks.join_next().await {
+            Some(ended) => Ended(ended),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Does what is due when a lane has ended.
+    ///
+    /// # Errors
+    ///
+    /// It was not expected to end, or none can go on in its place.
+    pub(super) async fn go_on(&mut self, Ended(ended): Ended) -> Result<(), RunError> {
+        let (name, remains) = ended.map_err(|error| RunError::Lane(error.to_string()))?;
+        let Some(Running { carries, then, .. }) = self.running.remove(&name) else { return Err(RunError::Lane(name)) };
+        let progress = match then {
+            Then::Fail => return Err(RunError::Lane(name)),
+            Then::Start(_) | Then::Close => self.ledger.progress(&name).await?,
+        };
+        tokio::spawn({
+            let name = name.clone();
+            async move { close(&name, &carries).await }
+        });
+        match then {
+            Then::Fail => {}
+            Then::Start(next) => {
+                let beginning = self.beginning(&name, progress, next.start()).await?;
+                self.spawn(name, next, beginning, remains.kept);
+            }
+            Then::Close => {
+                let cursor = progress.map_or(self.journal.end(), |progress| progress.cursor);
+                if let Err(error) = self.close_lane(&name, cursor).await {
+                    error!(sink = %name, %error, "a sink that is no longer in the rules could not be closed; that is tried again at the next start");
+                }
+            }
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// What other rules mean for the lanes. Nothing has changed yet.
+    pub(super) fn plan(&self, rules: &Rules) -> Result<Plan, BuildError> {
+        let (mut plan, traces) = (Plan::default(), self.traces.as_ref());
+        for sink in &rules.sinks {
+            match self.running.get(&sink.name) {
+                Some(running) if matches!(running.then, Then::Fail) && running.carries.is(sink) => {}
+                Some(_) => plan.replaced.push((sink.name.clone(), Carries::build(sink, traces)?)),
+                None => plan.added.push((sink.name.clone(), Carries::build(sink, traces)?)),
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Lets all lanes follow other rules, as planned; or nothing has changed.
+    pub(super) async fn follow(&mut self, rules: Rules, plan: Plan) -> Result<Changes, RunError> {
+        let Plan { added, replaced } = plan;
+        let mut changes = Changes::default();
+        self.hold().await;
+        let (begun, course) = match self.begin(added, &rules).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.release().await;
+                return Err(error);
+            }
+        };
+        self.course = Arc::new(course);
+        // Before others are released: what a lane that ends has not taken in would reach the next one late.
+        for (name, carries) in replaced {
+            self.end(&name, Then::Start(carries));
+            changes.changed.push(name);
+        }
+        let is_wanted = |name: &String| name == UNROUTED || rules.table.sink(name).is_some();
+        for name in self.running.keys().filter(|name| !is_wanted(name)).cloned().collect::<Vec<_>>() {
+            self.end(&name, Then::Close);
+            changes.removed.push(name);
+        }
+        self.release().await;
+        for (name, carries, beginning) in begun {
+            changes.added.push(name.clone());
+            self.spawn(name, carries, beginning, None);
+        }
+        self.rules = rules;
+        self.loaded_at = SystemTime::now();
+        self.publish();
+        Ok(changes)
+    }
+
+    /// Remembers how the last reload went, for those who look at it.
+    pub(super) fn note(&mut self, reload: Reload) {
+        self.last_reload = Some(reload);
+        self.publish();
+    }
+
+    /// Whether the last reload was refused.
+    pub(super) fn was_refused(&self) -> bool {
+        self.last_reload.as_ref().is_some_and(|reload| reload.outcome == Outcome::Refused)
+    }
+
+    /// Tells all lanes to finish, and waits for them.
+    pub(super) async fn finish(&mut self, remains: &mut Vec<(String, Remains)>) {
+        self.tell(Phase::Finishing);
+        while let Some(ended) = self.tasks.join_next().await {
+            remains.extend(ended.ok());
+        }
+    }
+
+    /// Tells all lanes to end now, and waits for them.
+    pub(super) async fn abandon(&mut self, remains: &mut Vec<(String, Remains)>) {
+        self.tell(Phase::Ending);
+        while let Some(ended) = self.tasks.join_next().await {
+            remains.extend(ended.ok());
+        }
+    }
+
+    /// Closes the connections of all sinks.
+    pub(super) async fn close(&self) {
+        join_all(self.running.iter().map(|(name, running)| close(name, &running.carries))).await;
+    }
+
+    fn tell(&self, phase: Phase) {
+        for running in self.running.values() {
+            running.phase.send_replace(phase);
+        }
+    }
+
+    /// The lanes that go on. One that ends reads nothing any more, and may not hear what it is told: it has ended, and the
+    /// next one listens in its place, which knows the rules.
+    fn going_on(&self) -> impl Iterator<Item = (&String, &Control)> {
+        let going_on = self.running.iter().filter(|(_, running)| matches!(running.then, Then::Fail));
+        going_on.map(|(name, running)| (name, &running.control))
+    }
+
+    /// Lets no lane read on, and notes where each is.
+    async fn hold(&mut self) {
+        // One that has failed is noticed soon.
+        let hold = async |(name, control): (&String, &Control)| Some((name.clone(), control.hold().await.ok()?));
+        for (name, at) in join_all(self.going_on().map(hold)).await.into_iter().flatten() {
+            if let Some(running) = self.running.get_mut(&name) {
+                running.at = at;
+            }
+        }
+    }
+
+    /// Lets all lanes read on, by the rules in force.
+    async fn release(&self) {
+        for (_, control) in self.going_on() {
+            // One that has failed is noticed soon.
+            control.follow(Arc::clone(&self.course)).await.unwrap_or(());
+        }
+    }
+
+    /// Where new lanes begin, and what all of them are to follow.
+    async fn begin(
+        &self,
+        added: Vec<(String, Carries)>,
+        rules: &Rules,
+    ) -> Result<(Vec<(String, Carries, Beginning)>, Course), RunError> {
+        let mut lanes: HashMap<_, _> = self.running.iter().map(|(name, running)| (name.clone(), running.at)).collect();
+        let mut begun = Vec::new();
+        for (name, carries) in added {
+            let progress = self.ledger.progress(&name).await?;
+            let beginning = self.beginning(&name, progress, carries.start()).await?;
+            lanes.insert(name.clone(), Whereabouts::beginning(beginning.reader.position()));
+            begun.push((name, carries, beginning));
+        }
+        let needed = lanes.values().map(|at| at.cursor).min().unwrap_or(Position::ZERO);
+        let passed = lanes.into_iter().map(|(name, at)| (name, at.read_to)).collect();
+        let course = self.course.then(Arc::clone(&rules.table), passed, needed)?;
+        Ok((begun, course))
+    }
+
+    /// Where a lane goes on, or begins.
+    async fn beginning(&self, name: &str, progress: Option<Progress>, start: StartAt) -> Result<Beginning, RunError> {
+        let (reader, ahead) = match progress {
+            Some(Progress { cursor, ahead }) => (self.journal.reader(Start::At(cursor)), ahead),
+            None => {
+                let reader = self.journal.reader(match start {
+                    StartAt::End => Start::End,
+                    StartAt::Earliest => Start::Earliest,
+                });
+                // A new sink's beginning must be known before the next event comes in.
+                let progress = Progress { cursor: reader.position(), ahead: Vec::new() };
+                self.ledger.settle(name, Some(progress), Vec::new()).await?;
+                (reader, Vec::new())
+            }
+        };
+        let parked = self.ledger.parked_keys(name).await?;
+        Ok(Beginning { reader, ahead, parked })
+    }
+
+    fn spawn(&mut self, name: String, carries: Carries, beginning: Beginning, kept: Option<Kept>) {
+        let (course, ledger) = (Arc::clone(&self.course), self.ledger.clone());
+        let phase = watch::Sender::new(Phase::Running);
+        let at = Whereabouts::beginning(beginning.reader.position());
+        let (told, task_name) = (phase.subscribe(), name.clone());
+        let control = match &carries {
+            Carries::Sink(rules, sink) => {
+                let (sink, config) = (sink.clone(), rules.lane.clone());
+                let kept = kept.unwrap_or_else(|| Kept::new(&self.metrics, &name));
+                let (lane, control) = Lane::new(&name, sink, course, beginning, ledger, config, kept);
+                self.tasks.spawn(async move { (task_name, lane.run(told).await) });
+                control
+            }
+            Carries::Unrouted => {
+                let (lane, control) = Unrouted::new(course, beginning, ledger, self.metrics.clone());
+                self.tasks.spawn(async move { (task_name, lane.run(told).await) });
+                control
+            }
+        };
+        self.running.insert(name, Running { carries, control, at, phase, then: Then::Fail });
+    }
+
+    /// Lets a lane finish what is under way, for a time.
+    fn end(&mut self, name: &str, then: Then) {
+        let Some(running) = self.running.get_mut(name) else { return };
+        running.then = then;
+        if *running.phase.borrow() != Phase::Running {
+            return;
+        }
+        running.phase.send_replace(Phase::Finishing);
+        let (phase, grace) = (running.phase.clone(), self.grace);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = sleep(grace) => drop(phase.send_replace(Phase::Ending)),
+                () = phase.closed() => {}
+            }
+        });
+    }
+
+    async fn close_lane(&self, name: &str, cursor: Position) -> Result<(), RunError> {
+        let dead_letters = self.ledger.close_lane(name).await?;
+        let unread = self.journal.end().since(cursor);
+        warn!(sink = %name, unread, dead_letters, "a sink is no longer in the rules: its parked deliveries are dead letters, and the events that it has not read stay unread");
+        self.metrics.forget(name);
+        Ok(())
+    }
+
+    /// Says what is in force to those who look at it.
+    fn publish(&self) {
+        let controls = self.rules.sinks.iter().filter_map(|sink| {
+            let running = self.running.get(&sink.name)?;
+            Some((sink.name.clone(), running.control.clone()))
+        });
+        let (rules, loaded_at, last_reload) = (self.rules.clone(), self.loaded_at, self.last_reload.clone());
+        self.live.store(Arc::new(Live { rules, lanes: controls.collect(), loaded_at, last_reload }));
+    }
+}

@@ -1,0 +1,134 @@
+//! Reloading while the relay runs: when files have changed, when a signal or an operator asks for it.
+//!
+//! Everything is read and compiled before anything is changed. What can't be used changes nothing, and is logged with its
+//! place and shown by the API until it is mended.
+
+use std::time::SystemTime;
+
+use prometheus::IntCounterVec;
+use tokio::sync::mpsc;
+use tracing::{error, info, warn};
+
+use super::lanes::{Changes, Lanes};
+use super::{Origin, RunError};
+use crate::admin::{self, Outcome, Reload, ReloadRequest};
+use crate::config::Config;
+use crate::ingress;
+use crate::reload::Loaded;
+
+/// How many operators may wait for a reload.
+const REQUESTS: usize = 16;
+
+/// Who is let in, which changes with the settings.
+#[derive(Clone)]
+pub(super) struct Gates {
+    pub(super) ingress: ingress::Gate,
+    pub(super) admin: admin::Gate,
+}
+
+/// Waits for reasons to reload, and does so.
+pub(super) struct Reloads {
+    origin: Origin,
+    /// What is in force.
+    config: Config,
+    gates: Gates,
+    requests: mpsc::Receiver<ReloadRequest>,
+    counts: IntCounterVec,
+}
+
+impl Reloads {
+    /// Also returns the way in for operators.
+    pub(super) fn new(
+        origin: Origin,
+        config: Config,
+        gates: Gates,
+        counts: IntCounterVec,
+    ) -> (Self, mpsc::Sender<ReloadRequest>) {
+        let (asked, requests) = mpsc::channel(REQUESTS);
+        (Self { origin, config, gates, requests, counts }, asked)
+    }
+
+    /// Looks after the lanes until one ends that should not have.
+    pub(super) async fn run(&mut self, lanes: &mut Lanes) -> RunError {
+        loop {
+            let request = tokio::select! {
+                ended = lanes.ended() => match lanes.go_on(ended).await {
+                    Ok(()) => continue,
+                    Err(error) => return error,
+                },
+                () = self.origin.seen.changed() => None,
+                Some(()) = self.origin.hangup.recv() => None,
+                Some(request) = self.requests.recv() => Some(request),
+            };
+            let reload = self.reload(lanes).await;
+            lanes.note(reload.clone());
+            if let Some(request) = request {
+                // Whoever asked and has gone away does not need the answer.
+                drop(request.send(reload));
+            }
+        }
+    }
+
+    async fn reload(&mut self, lanes: &mut Lanes) -> Reload {
+        let sources = self.origin.sources.clone();
+        let (at, refused) = (SystemTime::now(), |problems| (Outcome::Refused, problems));
+        let (outcome, problems) = match tokio::task::spawn_blocking(move || sources.load()).await {
+            Err(error) => refused(vec![error.to_string()]),
+            Ok((loaded, seen)) => {
+                let same = seen.holds_same(&self.origin.seen);
+                self.origin.seen = seen;
+                match loaded {
+                    Ok(_) if same && !lanes.was_refused() => (Outcome::Unchanged, Vec::new()),
+                    Ok(loaded) => match self.apply(loaded, lanes).await {
+                        Ok(warnings) => (Outcome::Applied, warnings),
+                        Err(error) => refused(vec![error_chain(&error)]),
+                    },
+                    Err(error) => refused(error.problems()),
+                }
+            }
+        };
+        self.counts.with_label_values(&[outcome.as_str()]).inc();
+        match outcome {
+            Outcome::Applied => {
+                info!("reloaded");
+                problems.iter().for_each(|problem| warn!("{problem}"));
+            }
+            Outcome::Unchanged => info!("asked to reload; nothing has changed"),
+            Outcome::Refused => {
+                for problem in &problems {
+                    error!("{problem}");
+                }
+                error!(problems = problems.len(), "not reloaded; what was in force stays in force");
+            }
+        }
+        Reload { at, outcome, problems }
+    }
+
+    /// Puts into force what can change in a running relay; what there is to say about it.
+    async fn apply(&mut self, loaded: Loaded, lanes: &mut Lanes) -> Result<Vec<String>, RunError> {
+        let Loaded { config, rules, mut warnings, problems } = loaded;
+        // What can fail comes before what changes anything.
+        let plan = lanes.plan(&rules)?;
+        let (access, _) = ingress::Access::new(&config.ingress, &self.config.data_dir)?;
+        let operators = admin::Access::new(&config.admin)?;
+        let Changes { added, changed, removed } = lanes.follow(rules, plan).await?;
+        let replaced = [self.gates.ingress.replace(access), self.gates.admin.replace(operators)];
+        info!(?added, ?changed, ?removed, "rules changed");
+        if config.telemetry.log != self.config.telemetry.log {
+            // It parses, or the settings would not have been loaded.
+            drop(self.origin.logs.set(&config.telemetry.log));
+            self.config.telemetry.log.clone_from(&config.telemetry.log);
+        }
+        warnings.extend(problems.iter().map(ToString::to_string));
+        warnings.extend(replaced.into_iter().filter_map(Result::err).map(|error| error.to_string()));
+        for setting in self.config.needs_restart(&config) {
+            warnings.push(format!("{setting} has changed, which has no effect before a restart"));
+        }
+        Ok(warnings)
+    }
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

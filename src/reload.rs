@@ -1,0 +1,267 @@
+//! What the user has written, settings and rules: loading both together, and noticing that they have changed.
+//!
+//! Every file counts that was read for them: `relay.toml`, `routes.toml`, secrets given as `${file:…}`, certificates.
+//! They are looked at once a second. That sees an editor's rename, a ConfigMap's swapped link and a network file system
+//! alike, which notifications of the kernel do not. Content counts: a file that was only touched has not changed.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use tokio::time::sleep;
+
+use crate::config::{Config, ConfigError, DEFAULT_FILE};
+use crate::document::{Environment, Lookup, Problem};
+use crate::rules::{Rules, RulesError};
+
+/// How often files are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// For how long nothing may change before what has changed is read, and how often to wait for that.
+const QUIET: Duration = Duration::from_millis(200);
+const MAX_WAITS: usize = 20;
+
+/// Where settings and rules are written, as the command line says.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// The file with the settings; without it the default one, if it is there.
+    pub config: Option<PathBuf>,
+    /// The file with the rules, in place of the one that the settings name.
+    pub routes: Option<PathBuf>,
+}
+
+/// Settings and rules that work.
+pub struct Loaded {
+    /// The settings.
+    pub config: Config,
+    /// The rules.
+    pub rules: Rules,
+    /// What is odd about the settings.
+    pub warnings: Vec<String>,
+    /// What is odd about the rules.
+    pub problems: Vec<Problem>,
+}
+
+/// Settings or rules that don't work.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The settings.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The rules.
+    #[error(transparent)]
+    Rules(#[from] RulesError),
+}
+
+impl LoadError {
+    /// Each thing that is wrong, with its place.
+    pub fn problems(&self) -> Vec<String> {
+        match self {
+            Self::Config(ConfigError(problems)) => problems.clone(),
+            Self::Rules(RulesError::Problems { problems }) => problems.iter().map(ToString::to_string).collect(),
+            Self::Rules(error @ RulesError::Read { .. }) => vec![error.to_string()],
+        }
+    }
+}
+
+impl Sources {
+    /// Reads and compiles everything; also returns what was read, whether it works or not. Blocks.
+    pub fn load(&self) -> (Result<Loaded, LoadError>, Seen) {
+        let recorder = Recorder::default();
+        let loaded = self.load_with(&recorder);
+        (loaded, Seen(recorder.0.into_inner()))
+    }
+
+    /// The settings alone, with warnings.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] with what is wrong.
+    pub fn settings(&self, lookup: &dyn Lookup) -> Result<(Config, Vec<String>), ConfigError> {
+        let (mut config, warnings) = Config::load(self.config.as_deref(), lookup)?;
+        if let Some(routes) = &self.routes {
+            config.routes.clone_from(routes);
+        }
+        Ok((config, warnings))
+    }
+
+    fn load_with(&self, recorder: &Recorder) -> Result<Loaded, LoadError> {
+        recorder.note(self.config.as_deref().unwrap_or(Path::new(DEFAULT_FILE)));
+        let (config, mut warnings) = self.settings(recorder)?;
+        config.files().for_each(|file| recorder.note(file));
+        warnings.extend(config.check_certificates()?);
+        recorder.note(&config.routes);
+        let (rules, problems) = Rules::load(&config.routes, recorder)?;
+        Ok(Loaded { config, rules, warnings, problems })
+    }
+}
+
+/// Looks things up as [`Environment`] does, and remembers the files.
+#[derive(Default)]
+struct Recorder(RefCell<BTreeMap<PathBuf, Print>>);
+
+impl Recorder {
+    fn note(&self, path: &Path) {
+        self.0.borrow_mut().insert(path.to_owned(), Print::of(path));
+    }
+}
+
+impl Lookup for Recorder {
+    fn variable(&self, name: &str) -> Option<String> {
+        Environment.variable(name)
+    }
+
+    fn file(&self, path: &str) -> io::Result<String> {
+        // First, so that a change in between is seen later.
+        self.note(Path::new(path));
+        Environment.file(path)
+    }
+}
+
+/// The files that were read, as they were then.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen(BTreeMap<PathBuf, Print>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Print {
+    stat: Option<Stat>,
+    digest: Option<[u8; 32]>,
+}
+
+/// Differs whenever a file may have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stat {
+    file: (u64, u64),
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stat {
+    /// Of the file that links lead to.
+    fn of(path: &Path) -> Option<Self> {
+        let found = fs::metadata(path).ok()?;
+        Some(Self {
+            file: (found.dev(), found.ino()),
+            size: found.size(),
+            modified: (found.mtime(), found.mtime_nsec()),
+            changed: (found.ctime(), found.ctime_nsec()),
+        })
+    }
+}
+
+impl Print {
+    fn of(path: &Path) -> Self {
+        let stat = Stat::of(path);
+        Self { stat, digest: fs::read(path).ok().map(|content| Sha256::digest(content).into()) }
+    }
+}
+
+impl Seen {
+    /// Whether the files hold the same as then.
+    pub fn holds_same(&self, other: &Self) -> bool {
+        let content = |seen: &Self| seen.0.iter().map(|(path, print)| (path.clone(), print.digest)).collect::<Vec<_>>();
+        content(self) == content(other)
+    }
+
+    /// Waits until a file has another content, and no more changes follow. Nothing is lost if the future is dropped.
+    pub async fn changed(&mut self) {
+        loop {
+            sleep(LOOK).await;
+            if !self.look().await {
+                continue;
+            }
+            for _ in 0..MAX_WAITS {
+                let stats = self.stats();
+                sleep(QUIET).await;
+                if self.stats() == stats {
+                    break;
+                }
+            }
+            return;
+        }
+    }
+
+    /// Whether a file has another content. Reads only those that may.
+    async fn look(&mut self) -> bool {
+        let touched: Vec<_> = self.0.iter().filter(|(path, print)| Stat::of(path) != print.stat).collect();
+        let touched: Vec<_> = touched.into_iter().map(|(path, _)| path.clone()).collect();
+        if touched.is_empty() {
+            return false;
+        }
+        let read = move || touched.into_iter().map(|path| (Print::of(&path), path)).collect::<Vec<_>>();
+        let Ok(prints) = tokio::task::spawn_blocking(read).await else { return false };
+        let changed = prints.iter().any(|(new, path)| self.0.get(path).is_none_or(|old| old.digest != new.digest));
+        if !changed {
+            self.0.extend(prints.into_iter().map(|(print, path)| (path, print)));
+        }
+        changed
+    }
+
+    fn stats(&self) -> Vec<Option<Stat>> {
+        self.0.keys().map(|path| Stat::of(path)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const RULES: &str = "[sinks.out]\ntype = \"http\"\nurl = \"http://127.0.0.1:1/\"\nheaders = { authorization = \"${file:FILE}\" }\n[[routes]]\nto = [\"out\"]\n";
+
+    fn setup() -> (TempDir, PathBuf, Sources) {
+        let dir = tempfile::tempdir().unwrap();
+        let (routes, secret) = (dir.path().join("routes.toml"), dir.path().join("secret"));
+        fs::write(&secret, "one").unwrap();
+        fs::write(&routes, RULES.replace("FILE", secret.to_str().unwrap())).unwrap();
+        (dir, secret, Sources { config: None, routes: Some(routes) })
+    }
+
+    /// Whether a change is noticed in time.
+    async fn notices(seen: &mut Seen) -> bool {
+        timeout(LOOK * 3, seen.changed()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn a_secret_that_rotates_is_a_change_and_a_touched_file_is_none() {
+        let (_dir, secret, sources) = setup();
+        let (loaded, mut seen) = sources.load();
+        assert!(loaded.is_ok());
+        fs::write(&secret, "one").unwrap();
+        assert!(!notices(&mut seen).await);
+        fs::write(&secret, "two").unwrap();
+        assert!(notices(&mut seen).await);
+        let (_, now) = sources.load();
+        assert!(!now.holds_same(&seen));
+    }
+
+    #[tokio::test]
+    async fn a_swapped_link_is_a_change_and_so_is_a_file_that_appears() {
+        let (dir, secret, sources) = setup();
+        let path = |name| dir.path().join(name);
+        // As Kubernetes does it: the file is a link through `..data`, which is a link to a directory.
+        for (name, value) in [("v1", "one"), ("v2", "two")] {
+            fs::create_dir(path(name)).unwrap();
+            fs::write(path(name).join("secret"), value).unwrap();
+        }
+        fs::remove_file(&secret).unwrap();
+        std::os::unix::fs::symlink("v1", path("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/secret", &secret).unwrap();
+        let (_, mut seen) = sources.load();
+        std::os::unix::fs::symlink("v2", path("..tmp")).unwrap();
+        fs::rename(path("..tmp"), path("..data")).unwrap();
+        assert!(notices(&mut seen).await);
+        fs::remove_file(&secret).unwrap();
+        let (broken, mut seen) = sources.load();
+        assert!(broken.err().unwrap().problems().join("").contains("secret"));
+        fs::write(&secret, "back").unwrap();
+        assert!(notices(&mut seen).await);
+    }
+}

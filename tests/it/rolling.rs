@@ -1,0 +1,121 @@
+//! Relays behind a real balancer, which looks at their readiness once a second, restarted one after the other under load.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tokio::process::{Child, Command};
+
+use crate::harness::{Client, DEADLINE, Receiver, Relay, Setup, event, eventually, webhook, within};
+
+/// A port that nobody uses at the moment.
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// HAProxy in front of the relays. Ends with the value.
+async fn haproxy(setup: &Setup, front: SocketAddr, relays: &[(SocketAddr, SocketAddr)]) -> Child {
+    let server = |(index, (ingress, admin)): (usize, &(SocketAddr, SocketAddr))| {
+        format!(
+            "  server relay{index} {ingress} check addr {} port {} inter 1s fall 1 rise 1\n",
+            admin.ip(),
+            admin.port()
+        )
+    };
+    let servers: String = relays.iter().enumerate().map(server).collect();
+    let config = setup.file(
+        "haproxy.cfg",
+        &format!(
+            "global\n  maxconn 1000\ndefaults\n  mode http\n  timeout connect 5s\n  timeout client 30s\n  timeout server 30s\n  retries 0\nfrontend webhooks\n  bind {front}\n  default_backend relays\nbackend relays\n  balance roundrobin\n  option httpchk GET /readyz\n{servers}"
+        ),
+    );
+    let mut command = Command::new("haproxy");
+    let child = command.args(["-db", "-f"]).arg(config).kill_on_drop(true).spawn();
+    child.expect("haproxy, of Debian's package of that name")
+}
+
+/// Posts one event after the other, until told to end or one is not accepted; the ids, and what went wrong.
+async fn send(sender: u32, front: SocketAddr, going: Arc<AtomicBool>) -> (Vec<String>, Option<String>) {
+    let client = Client::http1(front).await;
+    let (mut ids, mut number) = (Vec::new(), sender * 1_000_000);
+    while going.load(Ordering::Relaxed) {
+        number += 1;
+        match client.try_send(webhook(event(number, "sent"))).await {
+            Ok(answer) if answer.status == 200 => ids.extend(answer.ids()),
+            Ok(answer) => return (ids, Some(format!("{answer:?}"))),
+            Err(error) => return (ids, Some(error.to_string())),
+        }
+    }
+    (ids, None)
+}
+
+#[tokio::test]
+async fn a_rolling_restart_fails_no_request() {
+    let receiver = Receiver::accepting().await;
+    let addresses: Vec<_> = (0..2).map(|_| (free_address(), free_address())).collect();
+    let setups: Vec<_> = addresses
+        .iter()
+        .map(|(ingress, admin)| {
+            Setup::new(&receiver.routes())
+                .env("RELAY_INGRESS__LISTEN", ingress.to_string())
+                .env("RELAY_ADMIN__LISTEN", admin.to_string())
+                .env("RELAY_SHUTDOWN__DELAY", "3s")
+        })
+        .collect();
+    let mut relays: Vec<Relay> = Vec::new();
+    for setup in &setups {
+        relays.push(setup.start().await);
+    }
+    let front = free_address();
+    let balancer = haproxy(&setups[0], front, &addresses).await;
+    let answers = within("the balancer to answer", async {
+        loop {
+            if let Some(client) = Client::try_http1(front).await
+                && let Ok(answer) = client.try_send(webhook(event(0, "sent"))).await
+                && answer.status == 200
+            {
+                return answer.ids().len();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    assert_eq!(answers, 1);
+    let going = Arc::new(AtomicBool::new(true));
+    let senders: Vec<_> = (0..8).map(|sender| tokio::spawn(send(sender, front, Arc::clone(&going)))).collect();
+    for (index, setup) in setups.iter().enumerate() {
+        // Load on both, before one goes.
+        let busy = relays[index].get("/api/v1/status").await["journal"]["end"].as_i64().unwrap();
+        within("the relay to take requests", async {
+            while relays[index].get("/api/v1/status").await["journal"]["end"].as_i64().unwrap() <= busy {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+        relays[index].signal(Signal::TERM);
+        assert_eq!(relays[index].ended().await.code(), Some(0));
+        relays[index] = setup.start().await;
+        // The balancer has to find it before the next one goes.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
+    going.store(false, Ordering::Relaxed);
+    let mut sent = Vec::new();
+    for sender in senders {
+        let (ids, failed) = tokio::time::timeout(DEADLINE, sender).await.unwrap().unwrap();
+        assert_eq!(failed, None);
+        sent.extend(ids);
+    }
+    assert!(sent.len() > 1000, "{}", sent.len());
+    eventually("everything is delivered", || {
+        let arrived: std::collections::HashSet<_> =
+            receiver.received().iter().map(|received| received.id().to_owned()).collect();
+        sent.iter().all(|id| arrived.contains(id))
+    })
+    .await;
+    for relay in relays {
+        relay.stop().await;
+    }
+    drop(balancer);
+}
