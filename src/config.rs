@@ -160,6 +160,14 @@ impl Config {
                 .into_iter()
                 .flatten(),
         );
+        if self.journal.kind == journal::Kind::Kafka {
+            if self.ingress.dedup.is_some() {
+                problems.push("ingress.dedup has no meaning with journal.kind = \"kafka\": an event that is sent again may come to another replica, which does not know of the first".to_owned());
+            }
+            if self.ingress.auth.is_generated() {
+                problems.push("no token is configured, and with journal.kind = \"kafka\" each replica would make up its own: set ingress.auth".to_owned());
+            }
+        }
         if self.ingress.allow.is_none() && !self.ingress.trusted_proxies.is_empty() {
             warnings.push("ingress.trusted_proxies has no effect without ingress.allow".to_owned());
         }

@@ -3,15 +3,20 @@
 //! One thread owns the connection. Whatever lanes ask for meanwhile goes into one transaction, so that a busy relay
 //! still syncs only a few times a second. A lane's progress and the deliveries that it parks or buries move together.
 //!
+//! Relays that share a journal keep their ledger there too ([`shared`]): what a transaction of SQLite has changed is then
+//! written to the journal's brokers before it is committed, and the database is only a copy that can be thrown away.
+//!
 //! `schema` has the tables, `changes` what lanes write, `parked` what they read, `letters` what operators see; `check`
-//! looks for damage. The ledger does not know what an event is or where sinks are; operators may open the file with
-//! `sqlite3`.
+//! looks for damage; `account` is a lane's own way in. The ledger does not know what an event is or where sinks are;
+//! operators may open the file with `sqlite3`.
 
+mod account;
 mod changes;
 pub mod check;
 mod letters;
 mod parked;
 mod schema;
+pub mod shared;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -22,6 +27,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, Transaction};
 use tokio::sync::oneshot;
 
+pub use account::Account;
 pub use changes::{Change, DeadLetter, Parked, Progress, Reason};
 pub use letters::{Filter, Letter, Letters};
 pub use parked::{Due, ParkedRow, Wanted};
@@ -58,9 +64,34 @@ pub struct Opened {
     pub thread: JoinHandle<()>,
 }
 
+/// A transaction, and what it has written that others have to know before it is committed.
+struct Books<'t> {
+    transaction: Transaction<'t>,
+    /// Nothing is noted where nobody has to know.
+    written: Option<Vec<Written>>,
+}
+
+/// What was written.
+#[derive(Clone, Debug)]
+enum Written {
+    /// How far a lane has come.
+    Progress { lane: String, progress: Progress },
+    /// What is parked at a position now.
+    Parked { lane: String, position: Position, parked: Option<Box<Parked>> },
+    /// A delivery that died.
+    Dead { lane: String, letter: Box<DeadLetter>, died_at: Millis },
+    /// A lane that was opened, and what tells this from other times.
+    Opened { lane: String, mark: String },
+}
+
+/// Makes durable elsewhere what a transaction has written, before it is committed here.
+trait Commit: Send {
+    fn commit(&mut self, written: &[Written]) -> Result<(), String>;
+}
+
 /// Something that is done within a transaction, and answered when that is committed.
 trait Request: Send {
-    fn run(&mut self, transaction: &Transaction<'_>) -> rusqlite::Result<()>;
+    fn run(&mut self, books: &mut Books<'_>) -> rusqlite::Result<()>;
     fn done(self: Box<Self>, result: Result<(), LedgerError>);
 }
 
@@ -70,9 +101,9 @@ struct Task<T, W> {
     answer: oneshot::Sender<Result<T, LedgerError>>,
 }
 
-impl<T: Send, W: FnMut(&Transaction<'_>) -> rusqlite::Result<T> + Send> Request for Task<T, W> {
-    fn run(&mut self, transaction: &Transaction<'_>) -> rusqlite::Result<()> {
-        self.value = Some((self.work)(transaction)?);
+impl<T: Send, W: FnMut(&mut Books<'_>) -> rusqlite::Result<T> + Send> Request for Task<T, W> {
+    fn run(&mut self, books: &mut Books<'_>) -> rusqlite::Result<()> {
+        self.value = Some((self.work)(books)?);
         Ok(())
     }
 
@@ -97,10 +128,23 @@ impl Ledger {
         schema::prepare(&mut connection, path)?;
         parked::heal(&connection, now())?;
         let progress = load_progress(&connection)?;
+        let (ledger, thread) = Self::start(connection, None)?;
+        Ok(Opened { ledger, progress, thread })
+    }
+
+    /// A lane's own way in.
+    pub fn account(&self, lane: &str) -> Account {
+        Account::new(self.clone(), lane, None)
+    }
+
+    fn start(
+        mut connection: Connection,
+        mut commit: Option<Box<dyn Commit>>,
+    ) -> Result<(Self, JoinHandle<()>), LedgerError> {
         let (requests, queue) = sync_channel(QUEUE);
-        let run = move || serve(&mut connection, &queue);
+        let run = move || serve(&mut connection, &mut commit, &queue);
         let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(run).map_err(LedgerError::Thread)?;
-        Ok(Opened { ledger: Self { requests }, progress, thread })
+        Ok((Self { requests }, thread))
     }
 
     /// Writes a lane's progress, together with what it passes, or changes alone. Durable on return.
@@ -115,7 +159,7 @@ impl Ledger {
         changes: Vec<Change>,
     ) -> Result<(), LedgerError> {
         let lane = lane.to_owned();
-        self.run(move |transaction| changes::settle(transaction, &lane, progress.as_ref(), &changes, now())).await
+        self.run(move |books| changes::settle(books, &lane, progress.as_ref(), &changes, now())).await
     }
 
     /// How far a lane has come, if it is known.
@@ -125,7 +169,7 @@ impl Ledger {
     /// [`LedgerError`].
     pub async fn progress(&self, lane: &str) -> Result<Option<Progress>, LedgerError> {
         let lane = lane.to_owned();
-        let known = self.run(move |transaction| load_progress(transaction)).await?;
+        let known = self.run(move |books| load_progress(&books.transaction)).await?;
         Ok(known.into_iter().find_map(|(name, progress)| (name == lane).then_some(progress)))
     }
 
@@ -136,7 +180,7 @@ impl Ledger {
     /// [`LedgerError`]; it can be tried again.
     pub async fn due(&self, lane: &str, wanted: Wanted) -> Result<Due, LedgerError> {
         let lane = lane.to_owned();
-        self.run(move |transaction| parked::due(transaction, &lane, &wanted)).await
+        self.run(move |books| parked::due(&books.transaction, &lane, &wanted)).await
     }
 
     /// How many parked deliveries a lane has of each key.
@@ -146,7 +190,7 @@ impl Ledger {
     /// [`LedgerError`].
     pub async fn parked_keys(&self, lane: &str) -> Result<Vec<(Option<String>, usize)>, LedgerError> {
         let lane = lane.to_owned();
-        self.run(move |transaction| parked::keys(transaction, &lane)).await
+        self.run(move |books| parked::keys(&books.transaction, &lane)).await
     }
 
     /// Makes dead letters of the parked deliveries of a lane that is no more, and forgets its progress; how many there
@@ -157,7 +201,7 @@ impl Ledger {
     /// [`LedgerError`]: nothing has changed.
     pub async fn close_lane(&self, lane: &str) -> Result<usize, LedgerError> {
         let lane = lane.to_owned();
-        self.run(move |transaction| changes::close_lane(transaction, &lane, now())).await
+        self.run(move |books| changes::close_lane(&books.transaction, &lane, now())).await
     }
 
     /// Discards dead letters; how many there were.
@@ -166,8 +210,8 @@ impl Ledger {
     ///
     /// [`LedgerError`]: nothing has changed.
     pub async fn discard(&self, ids: Vec<i64>) -> Result<usize, LedgerError> {
-        self.run(move |transaction| {
-            let mut delete = transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?;
+        self.run(move |books| {
+            let mut delete = books.transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?;
             ids.iter().map(|id| delete.execute([id])).sum()
         })
         .await
@@ -181,7 +225,7 @@ impl Ledger {
 
     async fn run<T: Send + 'static>(
         &self,
-        work: impl FnMut(&Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+        work: impl FnMut(&mut Books<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, LedgerError> {
         let (answer, result) = oneshot::channel();
         let task = Message::Request(Box::new(Task { work, value: None, answer }));
@@ -223,7 +267,7 @@ fn load_progress(connection: &Connection) -> rusqlite::Result<HashMap<String, Pr
 }
 
 /// Takes what has gathered, does it in one transaction, and answers; until it is told to end.
-fn serve(connection: &mut Connection, queue: &Receiver<Message>) {
+fn serve(connection: &mut Connection, commit: &mut Option<Box<dyn Commit>>, queue: &Receiver<Message>) {
     let mut open = true;
     while open && let Ok(first) = queue.recv() {
         let mut requests = Vec::new();
@@ -233,20 +277,31 @@ fn serve(connection: &mut Connection, queue: &Receiver<Message>) {
                 Message::Close => open = false,
             }
         }
-        let result = commit(connection, &mut requests).map_err(|error| error.to_string());
+        let result = transact(connection, commit, &mut requests);
         for request in requests {
             request.done(result.clone().map_err(LedgerError::Failed));
         }
     }
 }
 
-fn commit(connection: &mut Connection, requests: &mut [Box<dyn Request>]) -> rusqlite::Result<()> {
+fn transact(
+    connection: &mut Connection,
+    commit: &mut Option<Box<dyn Commit>>,
+    requests: &mut [Box<dyn Request>],
+) -> Result<(), String> {
     if requests.is_empty() {
         return Ok(());
     }
-    let transaction = connection.transaction()?;
-    requests.iter_mut().try_for_each(|request| request.run(&transaction))?;
-    transaction.commit()
+    let failed = |error: rusqlite::Error| error.to_string();
+    let transaction = connection.transaction().map_err(failed)?;
+    let mut books = Books { transaction, written: commit.is_some().then(Vec::new) };
+    requests.iter_mut().try_for_each(|request| request.run(&mut books)).map_err(failed)?;
+    if let (Some(commit), Some(written)) = (commit, books.written)
+        && !written.is_empty()
+    {
+        commit.commit(&written)?;
+    }
+    books.transaction.commit().map_err(failed)
 }
 
 /// Why the ledger did not do what it was asked.

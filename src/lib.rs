@@ -21,6 +21,7 @@ pub mod document;
 pub mod event;
 pub mod ingress;
 pub mod journal;
+pub mod kafka;
 pub mod lane;
 pub mod ledger;
 pub mod pointer;

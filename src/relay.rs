@@ -1,16 +1,19 @@
-//! The running relay: opens what is on disk, starts the parts, and ends them in the right order.
+//! The running relay: opens its journal, starts the parts, and ends them in the right order.
+//!
+//! `storage` opens a journal and a ledger of this relay's own, or ones that it shares with others. `lanes` are those of a
+//! journal on disk; `cluster` has a `post` for each sink where the journal is shared.
 
+mod cluster;
 mod lanes;
 mod metrics;
+mod post;
 mod reloads;
+mod storage;
 
-use std::fs::{self, File, TryLockError};
 use std::io;
 use std::net::TcpListener;
-use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
@@ -20,18 +23,19 @@ use tracing::{error, info, warn};
 use crate::admin::{self, Operated};
 use crate::config::{Config, ShutdownConfig};
 use crate::ingress::{Access, AccessError, Ingress};
-use crate::journal::recovery::{Finding, Kind};
-use crate::journal::{Health, Journal, OpenError, Position};
+use crate::journal::{Health, View, disk, kafka};
 use crate::lane::TooManyChanges;
-use crate::ledger::{Ledger, LedgerError, Opened};
+use crate::ledger::LedgerError;
 use crate::reload::{Loaded, Seen, Sources};
 use crate::routing::UNROUTED;
 use crate::rules::Rules;
 use crate::sink::{BuildError, install_crypto_provider};
 use crate::telemetry::{Logs, Traces, TracesError};
-use lanes::Lanes;
 use metrics::Metrics;
 use reloads::{Gates, Reloads};
+use storage::{Carriers, Opened, Storage};
+
+pub(crate) use storage::lock_data_dir;
 
 /// How long sinks may take to close their connections.
 const SINK_CLOSE: Duration = Duration::from_secs(3);
@@ -100,13 +104,10 @@ pub async fn run(
 
 /// The parts of a running relay.
 struct Relay {
-    _lock: File,
-    journal: Journal,
+    storage: Storage,
     ingress: Ingress,
-    lanes: Lanes,
+    carriers: Carriers,
     reloads: Reloads,
-    ledger: Ledger,
-    ledger_thread: JoinHandle<()>,
     traces: Option<Traces>,
 }
 
@@ -118,34 +119,15 @@ impl Relay {
         operators: admin::Gate,
         shutdown: &watch::Receiver<Shutdown>,
     ) -> Result<(Self, Operated), RunError> {
-        let dir = &config.data_dir;
-        let lock = lock_data_dir(dir)?;
         install_crypto_provider();
         let traces = config.telemetry.traces()?;
-        let (access, generated) = Access::new(&config.ingress, dir)?;
+        let metrics = Metrics::new()?;
+        let opened = Opened::open(config, rules, &metrics, traces.as_ref()).await?;
+        let Opened { storage, carriers, journal, letters } = opened;
+        let (access, generated) = Access::new(&config.ingress, &config.data_dir)?;
         if let Some(path) = generated {
             info!(file = %path.display(), "no token is configured; senders need the one in this file");
         }
-        let metrics = Metrics::new()?;
-        let ledger_file = dir.join("ledger.sqlite");
-        let Opened { ledger, progress, thread: ledger_thread } = Ledger::open(&ledger_file)?;
-        let is_lane = |name: &str| name == UNROUTED || rules.table.sink(name).is_some();
-        let of_lanes = progress.iter().filter(|(name, _)| is_lane(name)).map(|(_, progress)| progress.cursor);
-        let floor = progress.values().map(|progress| progress.cursor).max().unwrap_or(Position::ZERO);
-        let needed = of_lanes.min().unwrap_or(floor);
-        let (mut journal, findings) = Journal::open(
-            &dir.join("journal"),
-            &dir.join("quarantine"),
-            &config.journal,
-            needed,
-            floor,
-            metrics.journal,
-        )?;
-        findings.iter().for_each(report);
-        let (grace, counts) = (config.shutdown.grace, metrics.lanes.clone());
-        let views = (journal.view(), ledger.clone());
-        let lanes = Lanes::start(rules, views, progress, grace, counts, traces.clone()).await?;
-        journal.start()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let counts = metrics.ingress.clone();
         let ingress = Ingress::start(&config.ingress, access, &journal, cores, counts, traces.as_ref())?;
@@ -154,14 +136,13 @@ impl Relay {
         let certificates = certificates(&gates);
         let (reloads, reload) = Reloads::new(origin, config.clone(), gates, metrics.reloads);
         let operated = Operated {
-            live: lanes.live(),
+            live: carriers.live(),
             lanes: metrics.lanes,
-            journal: journal.view(),
-            ledger: ledger.clone(),
-            ledger_file,
+            unready: unready(&journal, shutdown.clone()),
+            journal,
+            letters,
             ingress: metrics.ingress,
             comparing: Arc::default(),
-            unready: unready(&journal, shutdown.clone()),
             reload,
             logs,
             registry: metrics.registry,
@@ -169,7 +150,7 @@ impl Relay {
             streams: admin::Streams::default(),
             started: SystemTime::now(),
         };
-        Ok((Self { _lock: lock, journal, ingress, lanes, reloads, ledger, ledger_thread, traces }, operated))
+        Ok((Self { storage, ingress, carriers, reloads, traces }, operated))
     }
 
     async fn serve(
@@ -178,12 +159,11 @@ impl Relay {
         mut shutdown: watch::Receiver<Shutdown>,
         times: ShutdownConfig,
     ) -> Result<(), RunError> {
-        let mut health = self.journal.health();
         let result = tokio::select! {
             result = self.ingress.accept(listener) => result.map_err(RunError::from),
             () = asked_to_end(&mut shutdown, times.delay) => Ok(()),
-            reason = failed(&mut health) => Err(RunError::Journal(reason)),
-            error = self.reloads.run(&mut self.lanes) => Err(error),
+            reason = self.storage.failed() => Err(RunError::Journal(reason)),
+            error = self.reloads.run(&mut self.carriers) => Err(error),
         };
         let grace = if result.is_ok() { times.grace } else { FAILED_GRACE };
         if let Err(error) = &result {
@@ -196,7 +176,7 @@ impl Relay {
     /// Ends the parts in the order in which data moves, within the time that is left.
     async fn stop(mut self, deadline: Instant, mut shutdown: watch::Receiver<Shutdown>) {
         let mut remains = Vec::new();
-        let finish = async { tokio::join!(self.ingress.stop(), self.lanes.finish(&mut remains)) };
+        let finish = async { tokio::join!(self.ingress.stop(), self.carriers.finish(&mut remains)) };
         let now = shutdown.wait_for(|shutdown| *shutdown == Shutdown::Now);
         let finished = tokio::select! {
             finished = timeout_at(deadline, finish) => finished.is_ok(),
@@ -204,17 +184,10 @@ impl Relay {
         };
         if !finished {
             warn!("not everything finished in time; deliveries under way will be repeated");
-            self.lanes.abandon(&mut remains).await;
+            self.carriers.abandon(&mut remains).await;
         }
-        self.lanes.close().await;
-        let (journal, ledger, ledger_thread) = (self.journal, self.ledger, self.ledger_thread);
-        let closed = tokio::task::spawn_blocking(move || {
-            journal.close();
-            ledger.close();
-            // Its panic has been reported by the thread itself.
-            drop(ledger_thread.join());
-        });
-        drop(closed.await);
+        self.carriers.close().await;
+        self.storage.close().await;
         if let Some(traces) = self.traces {
             traces.close().await;
         }
@@ -248,55 +221,13 @@ async fn asked_to_end(shutdown: &mut watch::Receiver<Shutdown>, delay: Duration)
 }
 
 /// Says why the ingress would not accept, if so.
-fn unready(journal: &Journal, shutdown: watch::Receiver<Shutdown>) -> Box<dyn Fn() -> Option<String> + Send + Sync> {
-    let journal = journal.view();
+fn unready(journal: &View, shutdown: watch::Receiver<Shutdown>) -> Box<dyn Fn() -> Option<String> + Send + Sync> {
+    let journal = journal.clone();
     Box::new(move || match journal.health() {
         Health::Full(reason) => Some(format!("the journal is full: {reason}")),
         Health::Failed(reason) => Some(format!("the journal has failed: {reason}")),
         Health::Serving => (*shutdown.borrow() != Shutdown::No).then(|| "the relay is stopping".to_owned()),
     })
-}
-
-/// Waits until the journal has failed; why.
-async fn failed(health: &mut watch::Receiver<Health>) -> String {
-    loop {
-        if let Health::Failed(reason) = &*health.borrow_and_update() {
-            return reason.clone();
-        }
-        if health.changed().await.is_err() {
-            return "the journal is gone".to_owned();
-        }
-    }
-}
-
-/// Makes the data directory and keeps other processes out of it for as long as the file is open.
-pub(crate) fn lock_data_dir(dir: &Path) -> Result<File, RunError> {
-    let error = |source| RunError::DataDir { dir: dir.to_owned(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(error)?;
-    let lock = File::options().create(true).write(true).truncate(false).open(dir.join("lock")).map_err(error)?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(RunError::Locked { dir: dir.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(error(source)),
-    }
-}
-
-fn report(finding: &Finding) {
-    let Finding { kind, file, offset, bytes, lost } = finding;
-    let (kind_name, file) = (kind.as_str(), file.display());
-    match (kind, lost) {
-        (Kind::Foreign, _) => warn!(%file, "a file in the journal's directory is not the journal's; it is left alone"),
-        (_, Some((from, to))) => {
-            let (first, lost) = (from.to_stored(), to.since(*from));
-            error!(kind = kind_name, %file, offset, bytes, first, lost, "events are lost from the journal; what was left of them is in quarantine");
-        }
-        (Kind::Segment, None) => {
-            error!(kind = kind_name, %file, bytes, "a journal file was not readable; it is in quarantine")
-        }
-        (Kind::TornTail | Kind::Header | Kind::Damaged | Kind::Missing, None) => {
-            warn!(kind = kind_name, %file, offset, bytes, "the journal was repaired; nothing that was acknowledged is lost");
-        }
-    }
 }
 
 /// Why the relay did not run, or stopped.
@@ -327,7 +258,10 @@ pub enum RunError {
     Ledger(#[from] LedgerError),
     /// The journal, at opening.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(#[from] disk::OpenError),
+    /// The journal that it shares, at opening.
+    #[error(transparent)]
+    OpenShared(#[from] kafka::OpenError),
     /// A sink.
     #[error(transparent)]
     Sink(#[from] BuildError),

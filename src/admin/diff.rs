@@ -105,14 +105,14 @@ impl Events {
     fn compare(&self, before: &Table, after: &Table, stop: impl Fn() -> bool) -> Result<Diff, ReadError> {
         let mut comparison = Comparison::new(before, after);
         let end = self.journal.end();
-        let mut reader = self.journal.reader(self.start(end));
+        let mut reader = self.journal.reader(self.start(end)?)?;
         while reader.position() < end && !stop() {
             let at = reader.position();
-            reader.read(READ, |position, record| {
+            reader.read(READ, |position, entry| {
                 let is_before_end = position < end;
                 // What can't be read is a dead letter already.
                 if is_before_end
-                    && let Ok(event) = Event::decode(record)
+                    && let Ok(event) = Event::decode(entry.record)
                     && self.period.has(&event)
                 {
                     comparison.add(&event);
@@ -127,9 +127,9 @@ impl Events {
         Ok(comparison.finish())
     }
 
-    fn start(&self, end: Position) -> Start {
-        let Some(last) = self.last else { return self.period.start() };
-        let oldest = self.journal.reader(Start::Earliest).position();
-        Start::At(Position::from_stored(end.to_stored().saturating_sub(last)).max(oldest))
+    fn start(&self, end: Position) -> Result<Start, ReadError> {
+        let Some(last) = self.last else { return Ok(self.period.start()) };
+        let oldest = self.journal.reader(Start::Earliest)?.position();
+        Ok(Start::At(Position::from_stored(end.to_stored().saturating_sub(last)).max(oldest)))
     }
 }

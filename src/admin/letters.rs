@@ -207,7 +207,7 @@ pub(super) async fn show(State(operated): State<Shared>, Path(id): Path<i64>) ->
 )]
 pub(super) async fn discard(State(operated): State<Shared>, Path(id): Path<i64>) -> Result<Json<Done>, Problem> {
     one(&operated, id).await?;
-    let done = operated.ledger.discard(vec![id]).await?;
+    let done = operated.letters.discard(vec![id]).await?;
     Ok(Json(Done::one(id, done as u64)))
 }
 
@@ -293,7 +293,7 @@ pub(super) async fn discard_all(
     let limit = limit(selection.limit, BULK_LIMIT)?;
     let mut rest = Rest::new(&operated, selection).await?;
     let letters = rest.next(&operated, limit).await?;
-    let discarded = operated.ledger.discard(letters.iter().map(|letter| letter.id).collect()).await?;
+    let discarded = operated.letters.discard(letters.iter().map(|letter| letter.id).collect()).await?;
     let (last, remaining) = rest.left(&operated).await?;
     Ok(Json(Done { done: discarded as u64, skipped: 0, last, remaining, up_to: rest.up_to }))
 }
@@ -388,14 +388,14 @@ impl Batch {
     async fn send(self, operated: &Operated) -> Result<(), Problem> {
         for (sink, Load { events, .. }) in &self.lanes {
             if !events.is_empty() {
-                operated.lane(sink)?.replay(events.clone()).await?;
+                operated.letters.resend(sink, &operated.lane(sink)?, events.clone()).await?;
             }
         }
         for (sink, Load { letters, .. }) in self.lanes {
             if !letters.is_empty() {
                 let lane = operated.lane(&sink)?;
-                lane.has_room().await?;
-                lane.exhume(letters).await?;
+                operated.letters.has_room(&lane).await?;
+                operated.letters.exhume(&sink, &lane, letters).await?;
             }
         }
         Ok(())

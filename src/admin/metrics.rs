@@ -10,6 +10,7 @@ use prometheus::{Encoder as _, Error, Gauge, GaugeVec, Opts, Registry, TEXT_FORM
 use super::problem::Problem;
 use super::sinks::dead_letters;
 use super::{Operated, Shared};
+use crate::journal::disk;
 use crate::lane::Status;
 use crate::ledger::millis;
 
@@ -37,14 +38,8 @@ async fn at_the_moment(operated: &Operated) -> Result<Result<Registry, Error>, P
         of_sinks(&registry, &lanes)?;
         let help = "Deliveries of a sink that will not be tried again.";
         by_sink(&registry, "relay_sink_dead_letters", help, dead_letters.into_iter())?;
-        let bytes = operated.journal.disk_bytes() as f64;
-        one(&registry, "relay_journal_bytes", "What the journal's files take, in bytes.", bytes)?;
-        let help = "What those of the journal's files take that a sink still needs, or that is written to, in bytes.";
-        one(&registry, "relay_journal_needed_bytes", help, operated.journal.needed_bytes() as f64)?;
-        // A disk that can't be asked shows elsewhere.
-        if let Ok(limit) = operated.journal.limit_bytes() {
-            let help = "What that can come to be before nothing more is accepted, in bytes.";
-            one(&registry, "relay_journal_limit_bytes", help, limit as f64)?;
+        if let Some(files) = operated.journal.files() {
+            of_files(&registry, files)?;
         }
         let ready = if (operated.unready)().is_none() { 1.0 } else { 0.0 };
         one(&registry, "relay_ready", "Whether events are accepted: 1, or 0.", ready)?;
@@ -69,6 +64,19 @@ async fn at_the_moment(operated: &Operated) -> Result<Result<Registry, Error>, P
 
 /// A lane's figure.
 type Figure = fn(&Status) -> f64;
+
+fn of_files(registry: &Registry, files: &disk::View) -> Result<(), Error> {
+    let bytes = files.disk_bytes() as f64;
+    one(registry, "relay_journal_bytes", "What the journal's files take, in bytes.", bytes)?;
+    let help = "What those of the journal's files take that a sink still needs, or that is written to, in bytes.";
+    one(registry, "relay_journal_needed_bytes", help, files.needed_bytes() as f64)?;
+    // A disk that can't be asked shows elsewhere.
+    if let Ok(limit) = files.limit_bytes() {
+        let help = "What that can come to be before nothing more is accepted, in bytes.";
+        one(registry, "relay_journal_limit_bytes", help, limit as f64)?;
+    }
+    Ok(())
+}
 
 fn of_sinks(registry: &Registry, lanes: &[(&str, Status)]) -> Result<(), Error> {
     let figures: [(&str, &str, Figure); 6] = [

@@ -6,7 +6,7 @@
 //! `/` is a page for people that uses nothing but the API.
 //!
 //! Each file has the operations on one thing. None of them is on the way of an event: what they need of a lane they ask
-//! its [`Control`] for, and dead letters are read by a connection of their own.
+//! its [`Controls`] for, and dead letters are read by a connection of their own.
 
 mod dashboard;
 mod diff;
@@ -24,12 +24,13 @@ mod replay;
 mod routes;
 mod server;
 mod sinks;
+mod store;
 mod stream;
 mod time;
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -46,8 +47,8 @@ use utoipa_axum::routes;
 
 use crate::ingress;
 use crate::journal;
-use crate::lane::{self, Control};
-use crate::ledger::{Ledger, LedgerError, Letters};
+use crate::lane::{self, Controls};
+use crate::ledger::{self, LedgerError};
 use crate::routing::Table;
 use crate::rules::Rules;
 use crate::telemetry::Logs;
@@ -57,6 +58,7 @@ use problem::Problem;
 
 pub use guard::{Access, AccessError, Gate};
 pub use reload::{Outcome, Reload, ReloadRequest};
+pub use store::Letters;
 pub use stream::Streams;
 
 /// How many a request takes that replays or discards, unless it asks for more.
@@ -109,8 +111,8 @@ impl Config {
 pub struct Live {
     /// The rules.
     pub rules: Rules,
-    /// The lane of each sink, in the rules' order.
-    pub lanes: Vec<(String, Control)>,
+    /// The lanes of each sink, in the rules' order.
+    pub lanes: Vec<(String, Controls)>,
     /// Since when.
     pub loaded_at: SystemTime,
     /// How the last attempt to change them went.
@@ -127,10 +129,8 @@ pub struct Operated {
     pub lanes: lane::Metrics,
     /// The journal, to be read.
     pub journal: journal::View,
-    /// The ledger, and its file.
-    pub ledger: Ledger,
-    /// Where the ledger is.
-    pub ledger_file: PathBuf,
+    /// Where dead letters are.
+    pub letters: Letters,
     /// Held while rules are compared: that reads the whole journal, and has to wait its turn.
     pub comparing: Arc<Mutex<()>>,
     /// Why events would not be accepted, if so.
@@ -152,7 +152,7 @@ pub struct Operated {
 type Shared = Arc<Operated>;
 
 impl Operated {
-    fn lane(&self, name: &str) -> Result<Control, Problem> {
+    fn lane(&self, name: &str) -> Result<Controls, Problem> {
         let live = self.live.load();
         let lane = live.lanes.iter().find(|(lane, _)| lane == name).map(|(_, control)| control.clone());
         lane.ok_or_else(|| Problem::not_found(format!("no sink is called {name:?}; see /api/v1/sinks")))
@@ -166,11 +166,9 @@ impl Operated {
     /// Reads dead letters, on a thread for blocking work.
     async fn letters<T: Send + 'static>(
         &self,
-        read: impl FnOnce(Letters) -> Result<T, LedgerError> + Send + 'static,
+        read: impl FnOnce(&ledger::Letters) -> Result<T, LedgerError> + Send + 'static,
     ) -> Result<T, Problem> {
-        let file = self.ledger_file.clone();
-        let result = tokio::task::spawn_blocking(move || Letters::open(&file).and_then(read)).await;
-        result.map_err(Problem::internal)?.map_err(Problem::from)
+        self.letters.read(read).await
     }
 }
 

@@ -84,13 +84,13 @@ pub(super) async fn replay(
     let period = Period { since: replay.since, until: replay.until };
     let start = replay.from.map_or_else(|| period.start(), |from| Start::At(Position::from_stored(from)));
     let search = Search { table, sink, period, when, up_to, limit };
-    lane.has_room().await?;
+    operated.letters.has_room(&lane).await?;
     let shared = Arc::clone(&operated);
     let found = tokio::task::spawn_blocking(move || search.run(&shared, start)).await.map_err(Problem::internal)?;
     let Found { events, scanned, next } = found.map_err(Problem::internal)?;
     let replayed = events.len();
     if replayed > 0 {
-        lane.replay(events).await?;
+        operated.letters.resend(&replay.sink, &lane, events).await?;
     }
     let next = (next < up_to).then(|| next.to_stored());
     Ok(Json(Replayed { replayed, scanned, next, up_to: up_to.to_stored() }))
@@ -114,17 +114,17 @@ struct Found {
 impl Search {
     /// Reads until there are enough. Blocks.
     fn run(&self, operated: &Operated, start: Start) -> Result<Found, ReadError> {
-        let mut reader = operated.journal.reader(start);
+        let mut reader = operated.journal.reader(start)?;
         let (begin, mut scratch, mut events) = (reader.position(), Scratch::default(), Vec::new());
         let mut left = MAX_READ;
         while left > 0 && events.len() < self.limit && reader.position() < self.up_to {
             left = left.saturating_sub(READ);
-            reader.read(READ, |position, record| {
+            reader.read(READ, |position, entry| {
                 if position >= self.up_to {
                     return false;
                 }
                 // What can't be read is a dead letter already.
-                if let Ok(event) = Event::decode(record)
+                if let Ok(event) = Event::decode(entry.record)
                     && self.wants(&event, &mut scratch)
                 {
                     events.push((position, event.detached()));

@@ -12,7 +12,7 @@ use super::reload::Reloaded;
 use super::{Live, Operated, Shared, time};
 use crate::event::rfc3339;
 use crate::journal::Health;
-use crate::lane::{self, Control};
+use crate::lane::{self, Controls};
 
 /// The relay.
 #[derive(Serialize, ToSchema)]
@@ -48,7 +48,7 @@ struct IngressStatus {
 struct JournalStatus {
     /// `serving`, `full` or `failed`.
     state: &'static str,
-    /// What its files take.
+    /// What its files take; 0 where it is not on this disk.
     disk_bytes: u64,
     /// The position that the next event gets.
     end: i64,
@@ -134,7 +134,8 @@ pub(super) async fn status(operated: &Operated) -> Result<Status, Problem> {
         Health::Full(_) => "full",
         Health::Failed(_) => "failed",
     };
-    let (disk_bytes, end) = (operated.journal.disk_bytes(), operated.journal.end().to_stored());
+    let disk_bytes = operated.journal.files().map_or(0, |files| files.disk_bytes());
+    let end = operated.journal.end().to_stored();
     let uptime = SystemTime::now().duration_since(operated.started).unwrap_or_default();
     Ok(Status {
         version: env!("CARGO_PKG_VERSION"),
@@ -189,7 +190,7 @@ pub(super) async fn pause(
     State(operated): State<Shared>,
     Path(name): Path<String>,
 ) -> Result<Json<SinkStatus>, Problem> {
-    operated.lane(&name)?.pause().await?;
+    operated.lane(&name)?.pause(true).await?;
     one(&operated, &name).await.map(Json)
 }
 
@@ -204,7 +205,7 @@ pub(super) async fn resume(
     State(operated): State<Shared>,
     Path(name): Path<String>,
 ) -> Result<Json<SinkStatus>, Problem> {
-    operated.lane(&name)?.resume().await?;
+    operated.lane(&name)?.pause(false).await?;
     one(&operated, &name).await.map(Json)
 }
 
@@ -228,7 +229,7 @@ impl SinkStatus {
     async fn of(
         live: &Live,
         name: &str,
-        control: &Control,
+        control: &Controls,
         dead_letters: &HashMap<String, u64>,
     ) -> Result<Self, Problem> {
         let lane = control.status().await?;

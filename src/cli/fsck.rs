@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Global, print};
 use crate::event::Event;
 use crate::journal::Position;
-use crate::journal::recovery::{Finding, Inspection, Kind};
+use crate::journal::disk::recovery::{Finding, Inspection, Kind};
 use crate::ledger::check::{self, Report};
 use crate::relay::lock_data_dir;
 

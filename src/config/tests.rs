@@ -69,7 +69,7 @@ fn variables_say_everything_that_a_file_says() {
     );
     assert_eq!((config.data_dir, config.routes), ("/var/lib/relay".into(), "/etc/relay/routes.toml".into()));
     assert_eq!(config.ingress.max_connections, 7);
-    assert_eq!(config.journal.durability, journal::Durability::Os);
+    assert_eq!(config.journal.disk().durability, journal::Durability::Os);
     let AuthConfig::Tokens { header, tokens } = config.ingress.auth else { panic!("tokens") };
     let tokens: Vec<_> = tokens.iter().map(|token| (token.name.as_str(), token.value.as_str())).collect();
     assert_eq!((header.as_str(), &tokens[..]), ("x-key", &[("a", "s3cret"), ("b", "fr0m-file")][..]));

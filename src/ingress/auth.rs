@@ -65,6 +65,13 @@ impl Default for AuthConfig {
     }
 }
 
+impl AuthConfig {
+    /// Whether a token is made up where none is kept yet.
+    pub fn is_generated(&self) -> bool {
+        matches!(self, Self::Tokens { tokens, .. } if tokens.is_empty())
+    }
+}
+
 impl From<Table> for AuthConfig {
     fn from(table: Table) -> Self {
         Self::Tokens { header: table.header, tokens: table.tokens }

@@ -54,8 +54,8 @@ impl Dedup {
     pub(super) fn recall(&self, mut reader: Reader) -> Result<(), ReadError> {
         let (now, end) = (Instant::now(), reader.end());
         while reader.position() < end {
-            reader.read(READ, |_, record| {
-                if let Ok(event) = Event::decode(record)
+            reader.read(READ, |_, entry| {
+                if let Ok(event) = Event::decode(entry.record)
                     // A clock that was set back makes it as young as can be.
                     && let age = SystemTime::now().duration_since(event.received_at()).unwrap_or_default()
                     && age < self.window

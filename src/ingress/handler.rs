@@ -388,9 +388,13 @@ impl Refusal {
             Self::TooLarge | Self::Journal(AppendError::TooLarge { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::Aborted | Self::Body(_) => StatusCode::BAD_REQUEST,
-            Self::Journal(AppendError::Full(_) | AppendError::Busy | AppendError::Failed | AppendError::Closed) => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Journal(
+                AppendError::Full(_)
+                | AppendError::Busy
+                | AppendError::Unconfirmed(_)
+                | AppendError::Failed
+                | AppendError::Closed,
+            ) => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -414,10 +418,13 @@ impl Refusal {
             Self::Aborted => "the body ended early".to_owned(),
             Self::Body(error) => error.to_string(),
             Self::Journal(AppendError::TooLarge { .. }) => {
-                "the events do not fit into one journal segment; send fewer at once".to_owned()
+                "the events are longer than the journal can take at once; send fewer".to_owned()
             }
             Self::Journal(AppendError::Full(_) | AppendError::Busy) => {
                 "there is no room for the event at present; it was not stored, send it again later".to_owned()
+            }
+            Self::Journal(AppendError::Unconfirmed(_)) => {
+                "the event was not confirmed as stored in time, and may be stored or not; send it again".to_owned()
             }
             Self::Journal(AppendError::Failed | AppendError::Closed) => {
                 "the relay is going down; the event was not stored, send it again".to_owned()
@@ -429,7 +436,9 @@ impl Refusal {
     fn retry_after(&self) -> Option<&'static str> {
         match self {
             Self::Journal(AppendError::Full(_)) => Some("5"),
-            Self::Journal(AppendError::Busy | AppendError::Closed | AppendError::Failed) => Some("1"),
+            Self::Journal(
+                AppendError::Busy | AppendError::Unconfirmed(_) | AppendError::Closed | AppendError::Failed,
+            ) => Some("1"),
             _ => None,
         }
     }

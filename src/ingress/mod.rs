@@ -36,7 +36,7 @@ pub use auth::{AuthConfig, AuthError, TokenConfig, generated_token_path};
 pub use metrics::Metrics;
 pub use signed::{OneOrMore, Scheme, SignatureConfig, Signed};
 
-use crate::journal::{Appender, Journal, Start};
+use crate::journal::{Appender, Start, View};
 use crate::telemetry::Traces;
 use crate::tls;
 use connection::Limits;
@@ -195,7 +195,7 @@ impl Ingress {
     pub fn start(
         config: &Config,
         access: Access,
-        journal: &Journal,
+        journal: &View,
         cores: usize,
         metrics: Metrics,
         traces: Option<&Traces>,
@@ -261,10 +261,11 @@ impl Ingress {
 }
 
 /// The events of the window that the journal has.
-fn recall(window: Duration, journal: &Journal, metrics: &Metrics) -> Dedup {
+fn recall(window: Duration, journal: &View, metrics: &Metrics) -> Dedup {
     let dedup = Dedup::new(window, metrics.resent());
     let since = SystemTime::now().checked_sub(window).unwrap_or(SystemTime::UNIX_EPOCH);
-    if let Err(error) = dedup.recall(journal.reader(Start::WrittenSince(since))) {
+    let recalled = journal.reader(Start::WrittenSince(since)).and_then(|reader| dedup.recall(reader));
+    if let Err(error) = recalled {
         warn!(%error, "not all of the journal could be read; some resent events will be stored again");
     }
     dedup

@@ -51,6 +51,20 @@ impl Config {
         }
     }
 
+    /// What each of so many lanes may do that share a sink; at least what a lane needs.
+    pub fn share(&self, lanes: usize) -> Self {
+        let lanes = lanes.max(1);
+        let rate = self
+            .rate
+            .map(|rate| Rate { interval: rate.interval.saturating_mul(u32::try_from(lanes).unwrap_or(u32::MAX)) });
+        Self {
+            concurrency: self.concurrency.div_ceil(lanes),
+            max_parked: self.max_parked.div_ceil(lanes),
+            rate,
+            ..self.clone()
+        }
+    }
+
     /// Reads the `delivery` and `start` keys of a sink. Problems are reported to the section; `concurrency` is the
     /// default.
     pub fn read(sink: &mut Section<'_>, concurrency: usize) -> Self {

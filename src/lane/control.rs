@@ -57,6 +57,11 @@ impl Kept {
         Self { paused: false, counts: Counts::default(), meters: Meters::new(metrics, sink), commands, sender }
     }
 
+    /// Begins no attempts, if so.
+    pub fn pause(&mut self, pause: bool) {
+        self.paused = pause;
+    }
+
     pub(super) fn control(&self, config: &Config) -> Control {
         Control { commands: self.sender.clone(), order_by: config.order_by, max_parked: config.max_parked }
     }
@@ -176,22 +181,13 @@ pub(super) fn channel() -> (Control, mpsc::Receiver<Command>) {
 }
 
 impl Control {
-    /// Begins no more attempts; what is under way goes on.
+    /// Begins no more attempts, or goes on; what is under way goes on anyhow.
     ///
     /// # Errors
     ///
     /// [`Stopped`].
-    pub async fn pause(&self) -> Result<(), Stopped> {
-        self.send(Command::Pause(true)).await
-    }
-
-    /// Goes on after a pause.
-    ///
-    /// # Errors
-    ///
-    /// [`Stopped`].
-    pub async fn resume(&self) -> Result<(), Stopped> {
-        self.send(Command::Pause(false)).await
+    pub async fn pause(&self, pause: bool) -> Result<(), Stopped> {
+        self.send(Command::Pause(pause)).await
     }
 
     /// What the lane is doing.

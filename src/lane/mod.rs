@@ -20,6 +20,7 @@
 mod breaker;
 mod config;
 mod control;
+mod controls;
 mod course;
 mod delivery;
 mod metrics;
@@ -47,6 +48,7 @@ use tracing::error;
 pub use breaker::BreakerConfig;
 pub use config::{Config, OrderBy, Rate, StartAt};
 pub use control::{Control, Failure, Kept, Status, Stopped, Whereabouts};
+pub use controls::Controls;
 pub use course::{Course, TooManyChanges};
 pub use metrics::Metrics;
 pub use retry::{Retry, Waits};
@@ -54,7 +56,7 @@ pub use unrouted::Unrouted;
 
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
-use crate::ledger::{self, Change, Ledger, Millis, ParkedRow};
+use crate::ledger::{self, Account, Change, Millis, ParkedRow};
 use crate::sink::{Attempt, DeliveryError, Sink};
 use breaker::Breaker;
 use control::{Hold, Written};
@@ -121,7 +123,7 @@ pub struct Lane {
     name: Arc<str>,
     sink: Sink,
     source: Source,
-    ledger: Ledger,
+    account: Account,
     config: Config,
     order: Order<Delivery>,
     window: Window,
@@ -166,7 +168,7 @@ impl Lane {
         sink: Sink,
         course: Arc<Course>,
         beginning: Beginning,
-        ledger: Ledger,
+        account: Account,
         config: Config,
         kept: Kept,
     ) -> (Self, Control) {
@@ -182,7 +184,7 @@ impl Lane {
             source: Source::new(reader, Filter::new(course, Arc::clone(&name))),
             name,
             sink,
-            ledger,
+            account,
             order,
             window: Window::resume(at, ahead),
             parking,
@@ -267,6 +269,11 @@ impl Lane {
     fn begin_attempts(&mut self, now: Instant, storing: &mut Option<Storing>) {
         self.limited_until = None;
         if self.kept.paused {
+            return;
+        }
+        if !self.account.is_held() {
+            // Another may have the lane by now: writing shows whether.
+            self.settle_due |= storing.is_none() && !self.ready.is_empty();
             return;
         }
         if !self.breaker.is_closed() {

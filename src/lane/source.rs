@@ -11,7 +11,7 @@ use tokio::time::sleep_until;
 use super::STORAGE_PAUSE;
 use super::course::Course;
 use crate::event::Event;
-use crate::journal::{Position, ReadError, Reader};
+use crate::journal::{Entry, Position, ReadError, Reader};
 use crate::routing::{RouteId, Scratch, SinkId, Table, UNROUTED};
 
 /// How much of the journal is read at once, in bytes.
@@ -159,10 +159,14 @@ impl Source {
 fn read(mut reader: Reader, filter: &Filter) -> (Reader, Result<Batch, ReadError>) {
     let mut found = Vec::new();
     let mut scratch = Scratch::default();
-    let result = reader.read(READ_BYTES, |position, record| {
+    let result = reader.read(READ_BYTES, |position, Entry { record, route }| {
         match Event::decode(record.clone()) {
             Ok(event) => {
-                if let Some(route) = filter.route(position, &event, &mut scratch) {
+                let route = match route {
+                    Some(route) => Some(Route::Named(route)),
+                    None => filter.route(position, &event, &mut scratch),
+                };
+                if let Some(route) = route {
                     found.push((position, Found::Event { event: event.detached(), route }));
                 }
             }
@@ -183,21 +187,24 @@ fn read(mut reader: Reader, filter: &Filter) -> (Reader, Result<Batch, ReadError
 mod tests {
     use super::*;
     use crate::document::{Document, Environment};
-    use crate::journal::{Journal, Start};
+    use crate::journal::Start;
+    use crate::journal::disk::{Journal, Metrics};
 
     /// Or else a lane would say that it has caught up when it has only delivered what it has read.
     #[tokio::test]
     async fn the_end_is_known_while_the_reader_is_away() {
         let dir = tempfile::tempdir().unwrap();
         let (path, quarantine) = (dir.path().join("journal"), dir.path().join("quarantine"));
-        let metrics = crate::journal::Metrics::new(&prometheus::Registry::new()).unwrap();
+        let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
         let opened = Journal::open(&path, &quarantine, &Default::default(), Position::ZERO, Position::ZERO, metrics);
         let (mut journal, _) = opened.unwrap();
         journal.start().unwrap();
         let document = Document::parse("routes.toml", "", &Environment);
         let table = Arc::new(Table::read(&mut document.root(), &[]));
-        let mut source =
-            Source::new(journal.reader(Start::Earliest), Filter::new(Arc::new(Course::new(table)), UNROUTED.into()));
+        let mut source = Source::new(
+            Reader::Disk(journal.reader(Start::Earliest)),
+            Filter::new(Arc::new(Course::new(table)), UNROUTED.into()),
+        );
         let reader = std::mem::replace(&mut source.state, State::Gone);
         let appender = journal.appender();
         let appended = appender.append(|entries| entries.entry(|out| out.push(b'x'))).unwrap();

@@ -42,19 +42,19 @@ impl Lane {
 
     /// Whether there is something to be written.
     pub(super) fn has_to_settle(&self) -> bool {
-        self.unwritten || self.window.cursor() != self.released
+        self.unwritten || self.window.cursor() != self.released || self.account.has_to_renew()
     }
 
     /// Writes how far the lane has come, with everything that it passes.
     pub(super) fn settle(&mut self) -> Storing {
         self.settle_due = false;
         self.unwritten = false;
-        let (ledger, name) = (self.ledger.clone(), self.name.clone());
+        let account = self.account.clone();
         let progress = Progress { cursor: self.window.cursor(), ahead: self.window.ahead() };
         let (changes, written) = (std::mem::take(&mut self.changes), std::mem::take(&mut self.written));
         Box::pin(async move {
             let cursor = progress.cursor;
-            let result = ledger.settle(&name, Some(progress), changes.clone()).await;
+            let result = account.settle(progress, changes.clone()).await;
             if result.is_err() {
                 tokio::time::sleep(STORAGE_PAUSE).await;
             }
@@ -64,13 +64,13 @@ impl Lane {
 
     /// Looks for parked deliveries that are due; `probe`: for one, whether it is due or not.
     pub(super) fn fetch(&self, probe: bool) -> Storing {
-        let (ledger, name, now) = (self.ledger.clone(), self.name.clone(), ledger::now());
+        let (account, now) = (self.account.clone(), ledger::now());
         let longest = (self.config.retry.waits.longest() + CLOCK_MARGIN).as_millis();
         let except: HashSet<i64> = self.parking.loaded().clone();
         let horizon = now.saturating_add(Millis::try_from(longest).unwrap_or(Millis::MAX));
         let wanted = Wanted { now, horizon, limit: if probe { 1 } else { FETCH }, any: probe, except };
         Box::pin(async move {
-            let due = ledger.due(&name, wanted).await;
+            let due = account.due(wanted).await;
             if due.is_err() {
                 tokio::time::sleep(STORAGE_PAUSE).await;
             }

@@ -13,13 +13,13 @@ use super::source::{Batch, Filter, Found, Source};
 use super::warnings::Throttle;
 use super::{Beginning, Course, Metrics, Phase, Remains, SETTLE_INTERVAL, STORAGE_PAUSE, delivery};
 use crate::journal::{Position, ReadError};
-use crate::ledger::{Change, Ledger, Progress};
+use crate::ledger::{Account, Change, Progress};
 use crate::routing::UNROUTED;
 
 /// The lane of the reserved sink.
 pub struct Unrouted {
     source: Source,
-    ledger: Ledger,
+    account: Account,
     read_to: Position,
     /// What is to be written with the progress.
     letters: Vec<Change>,
@@ -35,14 +35,14 @@ pub struct Unrouted {
 
 impl Unrouted {
     /// A lane that goes on where it once ended, and how to tell it of new rules.
-    pub fn new(course: Arc<Course>, beginning: Beginning, ledger: Ledger, metrics: Metrics) -> (Self, Control) {
+    pub fn new(course: Arc<Course>, beginning: Beginning, account: Account, metrics: Metrics) -> (Self, Control) {
         let at = beginning.reader.position();
         let (control, commands) = control::channel();
         let lane = Self {
             keep: course.table().keeps_unrouted(),
             source: Source::new(beginning.reader, Filter::new(course, UNROUTED.into())),
             metrics,
-            ledger,
+            account,
             read_to: at,
             letters: Vec::new(),
             written: at,
@@ -131,7 +131,7 @@ impl Unrouted {
     /// Writes how far the lane has come, with what it has found. What can't be written is tried again later.
     async fn write(&mut self) {
         let progress = Progress { cursor: self.read_to, ahead: Vec::new() };
-        let pause = match self.ledger.settle(UNROUTED, Some(progress), self.letters.clone()).await {
+        let pause = match self.account.settle(progress, self.letters.clone()).await {
             Ok(()) => {
                 self.letters.clear();
                 self.written = self.read_to;

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use rusqlite::{OptionalExtension as _, Transaction, params};
 
-use super::Millis;
+use super::{Books, Millis, Written, parked};
 use crate::journal::Position;
 
 /// How far a lane has come.
@@ -61,7 +61,7 @@ pub enum Change {
 }
 
 /// A delivery to be tried later.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "named like the columns")]
 pub struct Parked {
     pub key: Option<String>,
@@ -125,6 +125,12 @@ impl Reason {
             Self::Unreadable => "unreadable",
         }
     }
+
+    /// The reason of that name.
+    pub(super) fn from_name(name: &str) -> Option<Self> {
+        let all = [Self::Rejected, Self::Exhausted, Self::Expired, Self::Unrouted, Self::SinkRemoved, Self::Unreadable];
+        all.into_iter().find(|reason| reason.as_str() == name)
+    }
 }
 
 impl Progress {
@@ -142,48 +148,67 @@ impl Progress {
 
 /// Writes a lane's progress, and what it passes.
 pub(super) fn settle(
-    transaction: &Transaction<'_>,
+    books: &mut Books<'_>,
     lane: &str,
     progress: Option<&Progress>,
     changes: &[Change],
     now: Millis,
 ) -> rusqlite::Result<()> {
     for change in changes {
-        apply(transaction, lane, change, now)?;
+        apply(books, lane, change, now)?;
     }
     let Some(progress) = progress else { return Ok(()) };
-    let mut upsert = transaction.prepare_cached(
+    let mut upsert = books.transaction.prepare_cached(
         "INSERT INTO cursors (lane, position, ahead, updated_at) VALUES (?1, ?2, ?3, ?4)
          ON CONFLICT (lane) DO UPDATE SET position = excluded.position, ahead = excluded.ahead, updated_at = excluded.updated_at",
     )?;
     upsert.execute(params![lane, progress.cursor.to_stored(), progress.encode_ahead(), now])?;
+    if let Some(written) = &mut books.written {
+        written.push(Written::Progress { lane: lane.to_owned(), progress: progress.clone() });
+    }
     Ok(())
 }
 
-fn apply(transaction: &Transaction<'_>, lane: &str, change: &Change, now: Millis) -> rusqlite::Result<()> {
+fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rusqlite::Result<()> {
+    let transaction = &books.transaction;
     match change {
-        Change::Park(parked) => park(transaction, lane, parked),
+        Change::Park(parked) => {
+            park(transaction, lane, parked)?;
+            if let Some(written) = &mut books.written {
+                let (lane, position) = (lane.to_owned(), parked.position);
+                written.push(Written::Parked { lane, position, parked: Some(parked.clone()) });
+            }
+            Ok(())
+        }
         Change::Postpone { id, attempts, first_failed_at, due_at, error_kind, error } => {
             let mut update = transaction.prepare_cached(
                 "UPDATE parked SET attempts = ?2, first_failed_at = ?3, due_at = ?4, error_kind = ?5, error = ?6 WHERE id = ?1",
             )?;
             update.execute(params![id, attempts, first_failed_at, due_at, error_kind, error])?;
+            if let Some(written) = &mut books.written
+                && let Some(parked) = parked::whole(transaction, *id)?
+            {
+                let (lane, position) = (lane.to_owned(), parked.position);
+                written.push(Written::Parked { lane, position, parked: Some(Box::new(parked)) });
+            }
             Ok(())
         }
-        Change::Unpark { id } => unpark(transaction, *id, now),
-        Change::Bury(letter) => bury(transaction, lane, letter, now),
-        Change::Exhume { id, key, due_at } => {
-            let mut insert = transaction.prepare_cached(
-                "INSERT INTO parked (lane, key, position, event_id, status, route, attempts, since, first_failed_at, due_at, error_kind, error, record)
-                 SELECT ?2, ?3, position, event_id, status, route, 0, ?4, NULL,
-                        CASE WHEN EXISTS (SELECT 1 FROM parked WHERE lane = ?2 AND key = ?3) THEN NULL ELSE ?4 END,
-                        error_kind, error, record
-                 FROM dead_letters WHERE id = ?1",
-            )?;
-            insert.execute(params![id, lane, key, due_at])?;
-            transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?.execute([id])?;
+        Change::Unpark { id } => {
+            let position = unpark(transaction, *id, now)?;
+            if let (Some(written), Some(position)) = (&mut books.written, position) {
+                written.push(Written::Parked { lane: lane.to_owned(), position, parked: None });
+            }
             Ok(())
         }
+        Change::Bury(letter) => match &mut books.written {
+            Some(written) => {
+                written.push(Written::Dead { lane: lane.to_owned(), letter: letter.clone(), died_at: now });
+                Ok(())
+            }
+            None => bury(transaction, lane, letter, now),
+        },
+        Change::Exhume { id, key, due_at } => exhume(transaction, lane, *id, key.as_deref(), *due_at),
+        // Who takes a lane over knows the times that were written before: they wait at most that long.
         Change::Hasten { since, due_at } => {
             let mut update = transaction.prepare_cached(
                 "UPDATE parked SET due_at = ?3 WHERE lane = ?1 AND due_at > ?3 AND first_failed_at >= ?2",
@@ -192,6 +217,31 @@ fn apply(transaction: &Transaction<'_>, lane: &str, change: &Change, now: Millis
             Ok(())
         }
     }
+}
+
+fn exhume(
+    transaction: &Transaction<'_>,
+    lane: &str,
+    id: i64,
+    key: Option<&str>,
+    due_at: Millis,
+) -> rusqlite::Result<()> {
+    let mut insert = transaction.prepare_cached(
+        "INSERT INTO parked (lane, key, position, event_id, status, route, attempts, since, first_failed_at, due_at, error_kind, error, record)
+         SELECT ?2, ?3, position, event_id, status, route, 0, ?4, NULL,
+                CASE WHEN EXISTS (SELECT 1 FROM parked WHERE lane = ?2 AND key = ?3) THEN NULL ELSE ?4 END,
+                error_kind, error, record
+         FROM dead_letters WHERE id = ?1",
+    )?;
+    insert.execute(params![id, lane, key, due_at])?;
+    transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?.execute([id])?;
+    Ok(())
+}
+
+/// Puts what another process has parked where this one looks for it.
+pub(super) fn adopt(transaction: &Transaction<'_>, lane: &str, parked: &[Parked]) -> rusqlite::Result<()> {
+    transaction.prepare_cached("DELETE FROM parked WHERE lane = ?1")?.execute([lane])?;
+    parked.iter().try_for_each(|parked| park(transaction, lane, parked))
 }
 
 fn park(transaction: &Transaction<'_>, lane: &str, parked: &Parked) -> rusqlite::Result<()> {
@@ -218,19 +268,20 @@ fn park(transaction: &Transaction<'_>, lane: &str, parked: &Parked) -> rusqlite:
     Ok(())
 }
 
-/// Removes a row; the next one with its key may go then.
-fn unpark(transaction: &Transaction<'_>, id: i64, now: Millis) -> rusqlite::Result<()> {
-    let mut delete = transaction.prepare_cached("DELETE FROM parked WHERE id = ?1 RETURNING lane, key")?;
-    let row: Option<(String, Option<String>)> =
-        delete.query_row([id], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
-    if let Some((lane, Some(key))) = row {
+/// Removes a row; the next one with its key may go then. Returns what position it had.
+fn unpark(transaction: &Transaction<'_>, id: i64, now: Millis) -> rusqlite::Result<Option<Position>> {
+    let mut delete = transaction.prepare_cached("DELETE FROM parked WHERE id = ?1 RETURNING lane, key, position")?;
+    let row: Option<(String, Option<String>, i64)> =
+        delete.query_row([id], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).optional()?;
+    let position = row.as_ref().map(|(_, _, position)| Position::from_stored(*position));
+    if let Some((lane, Some(key), _)) = row {
         let mut promote = transaction.prepare_cached(
             "UPDATE parked SET due_at = ?3 WHERE due_at IS NULL
              AND id = (SELECT min(id) FROM parked WHERE lane = ?1 AND key = ?2)",
         )?;
         promote.execute(params![lane, key, now])?;
     }
-    Ok(())
+    Ok(position)
 }
 
 /// After a crash the same delivery may die again.
@@ -256,6 +307,38 @@ fn bury(transaction: &Transaction<'_>, lane: &str, dead: &DeadLetter, now: Milli
         &dead.record[..],
     ])?;
     Ok(())
+}
+
+/// The same for a lane whose ledger is shared, which keeps its place; how many they were.
+pub(super) fn bury_parked(books: &mut Books<'_>, lane: &str, now: Millis) -> rusqlite::Result<usize> {
+    let ids: Vec<i64> = {
+        let mut ids = books.transaction.prepare_cached("SELECT id FROM parked WHERE lane = ?1 ORDER BY id")?;
+        ids.query_map([lane], |row| row.get(0))?.collect::<Result<_, _>>()?
+    };
+    for id in &ids {
+        let Some(parked) = parked::whole(&books.transaction, *id)? else { continue };
+        let letter = DeadLetter {
+            position: parked.position,
+            event_id: parked.event_id,
+            status: parked.status,
+            key: parked.key,
+            route: parked.route,
+            reason: Reason::SinkRemoved,
+            error_kind: parked.error_kind,
+            error: parked.error,
+            attempts: parked.attempts,
+            first_failed_at: parked.first_failed_at,
+            record: parked.record,
+        };
+        apply(books, lane, &Change::Bury(Box::new(letter)), now)?;
+        apply(books, lane, &Change::Unpark { id: *id }, now)?;
+    }
+    let progress =
+        books.transaction.query_row("SELECT position, ahead FROM cursors WHERE lane = ?1", [lane], |row| {
+            Ok(Progress::decode(Position::from_stored(row.get(0)?), &row.get::<_, Vec<u8>>(1)?))
+        })?;
+    settle(books, lane, Some(&progress), &[], now)?;
+    Ok(ids.len())
 }
 
 /// Makes dead letters of a lane's parked deliveries, and forgets its cursor; how many they were.

@@ -73,6 +73,14 @@ impl Letters {
         Ok(Self(connection))
     }
 
+    pub(super) fn of(connection: Connection) -> Self {
+        Self(connection)
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        &self.0
+    }
+
     /// The first dead letters that the filter lets through, by number.
     ///
     /// # Errors

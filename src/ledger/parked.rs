@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::Millis;
+use super::{Millis, Parked};
+use crate::journal::Position;
 
 /// How many of one key's parked deliveries are fetched together, so that they follow each other at once.
 const CHAIN: i64 = 256;
@@ -141,6 +142,32 @@ fn read(row: &Row<'_>) -> rusqlite::Result<ParkedRow> {
         first_failed_at: row.get(6)?,
         record: Bytes::from(row.get::<_, Vec<u8>>(7)?),
     })
+}
+
+/// All of a row.
+pub(super) fn whole(connection: &Connection, id: i64) -> rusqlite::Result<Option<Parked>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT key, position, event_id, status, route, attempts, since, first_failed_at, coalesce(due_at, since), error_kind,
+                error, record
+         FROM parked WHERE id = ?1",
+    )?;
+    let parked = |row: &Row<'_>| {
+        Ok(Parked {
+            key: row.get(0)?,
+            position: Position::from_stored(row.get(1)?),
+            event_id: row.get(2)?,
+            status: row.get(3)?,
+            route: row.get(4)?,
+            attempts: row.get(5)?,
+            since: row.get(6)?,
+            first_failed_at: row.get(7)?,
+            due_at: row.get(8)?,
+            error_kind: row.get(9)?,
+            error: row.get(10)?,
+            record: Bytes::from(row.get::<_, Vec<u8>>(11)?),
+        })
+    };
+    statement.query_row([id], parked).optional()
 }
 
 /// Sees to it that the first row of each key has a time: without one nobody would ever look at it.

@@ -17,8 +17,11 @@ use tracing::{error, warn};
 
 use super::{RunError, SINK_CLOSE};
 use crate::admin::{Live, Outcome, Reload};
-use crate::journal::{Position, Start, View};
-use crate::lane::{Beginning, Control, Course, Kept, Lane, Metrics, Phase, Remains, StartAt, Unrouted, Whereabouts};
+use crate::journal::disk::View;
+use crate::journal::{Position, Reader, Start};
+use crate::lane::{
+    Beginning, Control, Controls, Course, Kept, Lane, Metrics, Phase, Remains, StartAt, Unrouted, Whereabouts,
+};
 use crate::ledger::{Ledger, Progress};
 use crate::routing::UNROUTED;
 use crate::rules::{Rules, SinkRules};
@@ -57,7 +60,7 @@ struct Running {
 pub(super) struct Ended(Result<(String, Remains), JoinError>);
 
 /// What a lane is for.
-enum Carries {
+pub(super) enum Carries {
     Sink(Box<SinkRules>, Sink),
     Unrouted,
 }
@@ -74,8 +77,8 @@ enum Then {
 /// What a change of the rules needs that can fail.
 #[derive(Default)]
 pub(super) struct Plan {
-    added: Vec<(String, Carries)>,
-    replaced: Vec<(String, Carries)>,
+    pub(super) added: Vec<(String, Carries)>,
+    pub(super) replaced: Vec<(String, Carries)>,
 }
 
 /// What a change of the rules means for the sinks.
@@ -87,12 +90,12 @@ pub(super) struct Changes {
 }
 
 impl Carries {
-    fn build(rules: &SinkRules, traces: Option<&Traces>) -> Result<Self, BuildError> {
+    pub(super) fn build(rules: &SinkRules, traces: Option<&Traces>) -> Result<Self, BuildError> {
         let sink = Sink::build(&rules.name, &rules.sink)?.traced(traces);
         Ok(Self::Sink(Box::new(rules.clone()), sink))
     }
 
-    fn is(&self, rules: &SinkRules) -> bool {
+    pub(super) fn is(&self, rules: &SinkRules) -> bool {
         matches!(self, Self::Sink(own, _) if **own == *rules)
     }
 
@@ -105,7 +108,7 @@ impl Carries {
 }
 
 /// Closes a sink's connections, within a time.
-async fn close(name: &str, carries: &Carries) {
+pub(super) async fn close(name: &str, carries: &Carries) {
     if let Carries::Sink(_, sink) = carries
         && tokio::time::timeout(SINK_CLOSE, sink.close()).await.is_err()
     {
@@ -361,11 +364,11 @@ impl Lanes {
             }
         };
         let parked = self.ledger.parked_keys(name).await?;
-        Ok(Beginning { reader, ahead, parked })
+        Ok(Beginning { reader: Reader::Disk(reader), ahead, parked })
     }
 
     fn spawn(&mut self, name: String, carries: Carries, beginning: Beginning, kept: Option<Kept>) {
-        let (course, ledger) = (Arc::clone(&self.course), self.ledger.clone());
+        let (course, account) = (Arc::clone(&self.course), self.ledger.account(&name));
         let phase = watch::Sender::new(Phase::Running);
         let at = Whereabouts::beginning(beginning.reader.position());
         let (told, task_name) = (phase.subscribe(), name.clone());
@@ -373,12 +376,12 @@ impl Lanes {
             Carries::Sink(rules, sink) => {
                 let (sink, config) = (sink.clone(), rules.lane.clone());
                 let kept = kept.unwrap_or_else(|| Kept::new(&self.metrics, &name));
-                let (lane, control) = Lane::new(&name, sink, course, beginning, ledger, config, kept);
+                let (lane, control) = Lane::new(&name, sink, course, beginning, account, config, kept);
                 self.tasks.spawn(async move { (task_name, lane.run(told).await) });
                 control
             }
             Carries::Unrouted => {
-                let (lane, control) = Unrouted::new(course, beginning, ledger, self.metrics.clone());
+                let (lane, control) = Unrouted::new(course, beginning, account, self.metrics.clone());
                 self.tasks.spawn(async move { (task_name, lane.run(told).await) });
                 control
             }
@@ -415,7 +418,7 @@ impl Lanes {
     fn publish(&self) {
         let controls = self.rules.sinks.iter().filter_map(|sink| {
             let running = self.running.get(&sink.name)?;
-            Some((sink.name.clone(), running.control.clone()))
+            Some((sink.name.clone(), Controls::one(running.control.clone())))
         });
         let (rules, loaded_at, last_reload) = (self.rules.clone(), self.loaded_at, self.last_reload.clone());
         self.live.store(Arc::new(Live { rules, lanes: controls.collect(), loaded_at, last_reload }));

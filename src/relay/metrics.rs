@@ -2,13 +2,14 @@
 
 use prometheus::{Error, IntCounterVec, Opts, Registry};
 
-use crate::{ingress, journal, lane};
+use crate::journal::disk;
+use crate::{ingress, lane};
 
 /// The registry and the parts' metrics in it.
 pub(super) struct Metrics {
     pub(super) registry: Registry,
     pub(super) ingress: ingress::Metrics,
-    pub(super) journal: journal::Metrics,
+    pub(super) journal: disk::Metrics,
     pub(super) lanes: lane::Metrics,
     pub(super) reloads: IntCounterVec,
 }
@@ -27,7 +28,7 @@ impl Metrics {
         registry.register(Box::new(reloads.clone()))?;
         Ok(Self {
             ingress: ingress::Metrics::new(&registry)?,
-            journal: journal::Metrics::new(&registry)?,
+            journal: disk::Metrics::new(&registry)?,
             lanes: lane::Metrics::new(&registry)?,
             reloads,
             registry,

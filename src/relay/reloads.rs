@@ -9,7 +9,8 @@ use prometheus::IntCounterVec;
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use super::lanes::{Changes, Lanes};
+use super::lanes::Changes;
+use super::storage::Carriers;
 use super::{Origin, RunError};
 use crate::admin::{self, Outcome, Reload, ReloadRequest};
 use crate::config::Config;
@@ -49,10 +50,10 @@ impl Reloads {
     }
 
     /// Looks after the lanes until one ends that should not have.
-    pub(super) async fn run(&mut self, lanes: &mut Lanes) -> RunError {
+    pub(super) async fn run(&mut self, carriers: &mut Carriers) -> RunError {
         loop {
             let request = tokio::select! {
-                ended = lanes.ended() => match lanes.go_on(ended).await {
+                ended = carriers.ended() => match carriers.go_on(ended).await {
                     Ok(()) => continue,
                     Err(error) => return error,
                 },
@@ -60,8 +61,8 @@ impl Reloads {
                 Some(()) = self.origin.hangup.recv() => None,
                 Some(request) = self.requests.recv() => Some(request),
             };
-            let reload = self.reload(lanes).await;
-            lanes.note(reload.clone());
+            let reload = self.reload(carriers).await;
+            carriers.note(reload.clone());
             if let Some(request) = request {
                 // Whoever asked and has gone away does not need the answer.
                 drop(request.send(reload));
@@ -69,7 +70,7 @@ impl Reloads {
         }
     }
 
-    async fn reload(&mut self, lanes: &mut Lanes) -> Reload {
+    async fn reload(&mut self, carriers: &mut Carriers) -> Reload {
         let sources = self.origin.sources.clone();
         let (at, refused) = (SystemTime::now(), |problems| (Outcome::Refused, problems));
         let (outcome, problems) = match tokio::task::spawn_blocking(move || sources.load()).await {
@@ -78,8 +79,8 @@ impl Reloads {
                 let same = seen.holds_same(&self.origin.seen);
                 self.origin.seen = seen;
                 match loaded {
-                    Ok(_) if same && !lanes.was_refused() => (Outcome::Unchanged, Vec::new()),
-                    Ok(loaded) => match self.apply(loaded, lanes).await {
+                    Ok(_) if same && !carriers.was_refused() => (Outcome::Unchanged, Vec::new()),
+                    Ok(loaded) => match self.apply(loaded, carriers).await {
                         Ok(warnings) => (Outcome::Applied, warnings),
                         Err(error) => refused(vec![error_chain(&error)]),
                     },
@@ -105,13 +106,13 @@ impl Reloads {
     }
 
     /// Puts into force what can change in a running relay; what there is to say about it.
-    async fn apply(&mut self, loaded: Loaded, lanes: &mut Lanes) -> Result<Vec<String>, RunError> {
+    async fn apply(&mut self, loaded: Loaded, carriers: &mut Carriers) -> Result<Vec<String>, RunError> {
         let Loaded { config, rules, mut warnings, problems } = loaded;
         // What can fail comes before what changes anything.
-        let plan = lanes.plan(&rules)?;
+        let plan = carriers.plan(&rules)?;
         let (access, _) = ingress::Access::new(&config.ingress, &self.config.data_dir)?;
         let operators = admin::Access::new(&config.admin)?;
-        let Changes { added, changed, removed } = lanes.follow(rules, plan).await?;
+        let Changes { added, changed, removed } = carriers.follow(rules, plan).await?;
         let replaced = [self.gates.ingress.replace(access), self.gates.admin.replace(operators)];
         info!(?added, ?changed, ?removed, "rules changed");
         if config.telemetry.log != self.config.telemetry.log {

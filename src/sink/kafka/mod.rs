@@ -7,21 +7,19 @@
 //! event without a message id has no key, and goes to any partition. A `key` template that renders to nothing means no
 //! key too.
 
-mod producer;
 mod verdict;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
 use rdkafka::ClientConfig;
 
-use self::producer::{Batching, Producer};
 use super::metadata::{self, Binding, Format};
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
 use crate::document::Section;
 use crate::event::{Event, Field};
+use crate::kafka::{self, Log, Producer, Record};
 use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
 
@@ -29,21 +27,12 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Kafka's own limit.
 const MAX_TOPIC_LEN: usize = 249;
 
-/// librdkafka properties that are the sink's business, and why.
-const RESERVED_OPTIONS: [(&str, &str); 12] = [
-    ("acks", "every event has to be acknowledged by all in-sync replicas"),
-    ("request.required.acks", "every event has to be acknowledged by all in-sync replicas"),
-    ("enable.idempotence", "the producer is always idempotent, so that resending makes no duplicates"),
-    ("bootstrap.servers", "write `brokers` instead"),
-    ("metadata.broker.list", "write `brokers` instead"),
-    ("message.timeout.ms", "write `timeout` instead"),
-    ("delivery.timeout.ms", "write `timeout` instead"),
-    ("transactional.id", "events are not sent in transactions"),
-    ("delivery.report.only.error", "every delivery report is awaited"),
-    ("queuing.strategy", "order matters"),
-    ("log_level", "the relay's own log level decides"),
-    ("plugin.library.paths", "plugins are not loaded"),
-];
+/// How many records share a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Batching {
+    Many,
+    One,
+}
 
 /// The checked settings.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,7 +61,7 @@ impl Config {
             topic: topic?,
         };
         if let Err(error) = config.client(Batching::Many).create_native_config() {
-            section.problem("options", refused_option(&error));
+            section.problem("options", kafka::refused_option(&error));
             return None;
         }
         Some(config)
@@ -150,14 +139,6 @@ impl Config {
     }
 }
 
-/// What one attempt sends.
-struct Record {
-    topic: String,
-    key: Option<String>,
-    headers: Vec<(String, String)>,
-    body: Bytes,
-}
-
 /// The sink.
 pub(super) struct Kafka {
     config: Config,
@@ -169,9 +150,9 @@ pub(super) struct Kafka {
 
 impl Kafka {
     pub(super) fn build(name: &str, config: Config) -> Result<Self, BuildError> {
-        let batched = Producer::new(name, config.client(Batching::Many));
+        let batched = Producer::new(Log::of_sink(name), config.client(Batching::Many));
         batched.prepare().map_err(|error| BuildError::Client(error.into()))?;
-        Ok(Self { batched, single: Producer::new(name, config.client(Batching::One)), config })
+        Ok(Self { batched, single: Producer::new(Log::of_sink(name), config.client(Batching::One)), config })
     }
 
     /// What the span of an attempt begins with.
@@ -183,7 +164,7 @@ impl Kafka {
     pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
         let record = self.config.record(event, attempt, SystemTime::now(), View::Real)?;
         match self.batched.send(&record).await {
-            Err(error) if error.is_batch_too_large() => self.single.send(&record).await,
+            Err(error) if verdict::is_batch_too_large(error) => self.single.send(&record).await,
             result => result,
         }
         .map_err(Into::into)
@@ -197,28 +178,10 @@ impl Kafka {
 
 fn read_brokers(section: &mut Section<'_>) -> String {
     let Some(brokers) = section.require::<Vec<String>>("brokers") else { return String::new() };
-    if brokers.is_empty() {
-        section.problem("brokers", "the list of brokers is empty");
-    }
-    for broker in &brokers {
-        if !is_broker(broker) {
-            section.problem("brokers", format!("{broker:?} is not a broker's address, such as \"kafka-0:9092\""));
-        }
+    if let Some(problem) = kafka::problem_of_brokers(&brokers) {
+        section.problem("brokers", problem);
     }
     brokers.join(",")
-}
-
-fn is_broker(text: &str) -> bool {
-    let (host, port) = match text.rsplit_once(':') {
-        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
-        _ => (text, None),
-    };
-    let bracketed = host.starts_with('[') && host.ends_with(']');
-    let illegal = |c: char| c.is_whitespace() || c.is_control() || matches!(c, ',' | '/' | '@');
-    !host.is_empty()
-        && !host.contains(illegal)
-        && (bracketed || !host.contains(':'))
-        && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port != 0))
 }
 
 fn read_topic(section: &mut Section<'_>) -> Option<Template> {
@@ -243,11 +206,8 @@ fn read_options(section: &mut Section<'_>) -> BTreeMap<String, String> {
             section.problem("options", format!("{name:?} has to be a string, a number or a boolean"));
         }
     }
-    for (name, reason) in RESERVED_OPTIONS {
-        if options.contains_key(name) {
-            section.problem("options", format!("{name:?} cannot be set: {reason}"));
-            options.remove(name);
-        }
+    for problem in kafka::take_reserved(&mut options) {
+        section.problem("options", problem);
     }
     options
 }
@@ -265,16 +225,6 @@ fn flatten(name: String, value: toml::Value, options: &mut BTreeMap<String, Stri
     };
     options.insert(name, value);
     Ok(())
-}
-
-/// What librdkafka objects to; without the value, which may be a secret.
-fn refused_option(error: &rdkafka::error::KafkaError) -> String {
-    match error {
-        rdkafka::error::KafkaError::ClientConfig(_, _, name, _) => {
-            format!("librdkafka does not know {name:?}, or not with this value")
-        }
-        _ => "librdkafka refuses these options".to_owned(),
-    }
 }
 
 #[cfg(test)]

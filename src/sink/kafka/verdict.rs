@@ -5,23 +5,11 @@ use std::borrow::Cow;
 use rdkafka::error::RDKafkaErrorCode as Code;
 
 use super::super::{DeliveryError, Verdict};
+use crate::kafka::SendError;
 
-/// Why a record was not accepted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum SendError {
-    /// Refused before it was queued: nothing was sent.
-    Local(Code),
-    /// What the delivery report says.
-    Report(Code),
-    /// The producer was closed.
-    Closed,
-}
-
-impl SendError {
-    /// Whether the record may have been refused for the batch it was in.
-    pub(super) fn is_batch_too_large(self) -> bool {
-        matches!(self, Self::Report(Code::MessageSizeTooLarge | Code::MessageBatchTooLarge))
-    }
+/// Whether the record may have been refused for the batch it was in.
+pub(super) fn is_batch_too_large(error: SendError) -> bool {
+    matches!(error, SendError::Report(Code::MessageSizeTooLarge | Code::MessageBatchTooLarge))
 }
 
 impl From<SendError> for DeliveryError {
@@ -117,7 +105,7 @@ mod tests {
     #[test]
     fn only_a_report_can_mean_the_batch() {
         fn check(error: SendError, expected: bool) {
-            assert_eq!(error.is_batch_too_large(), expected, "{error:?}");
+            assert_eq!(is_batch_too_large(error), expected, "{error:?}");
         }
         check(SendError::Report(Code::MessageSizeTooLarge), true);
         check(SendError::Report(Code::MessageBatchTooLarge), true);

@@ -4,26 +4,12 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::scan::{Item, Scanner};
-use super::{Position, Segment, Shared, record};
-
-/// Where a reader begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// At a position, or at the oldest entry if that one is gone.
-    At(Position),
-    /// At the oldest entry that is kept.
-    Earliest,
-    /// At the oldest entry of the first segment that was written to since then: before the first entry of that time.
-    WrittenSince(SystemTime),
-    /// After the last entry.
-    End,
-}
+use super::{Position, Segment, Shared, Start, record};
 
 /// Reads entries in order, and keeps those that it has not released from being given up.
 pub struct Reader {

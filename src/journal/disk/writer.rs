@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 
 use super::record::{self, HEADER, TERMINATOR};
 use super::segment::{self, HEADER_BLOCK};
-use super::{Durability, Health, Position, Segment, Shared, lock, space};
+use super::{AppendError, Durability, Health, Position, Segment, Shared, lock, space};
 
 /// A core's open batch is submitted when it has this many bytes, even if the core is not idle yet.
 const SUBMIT_BYTES: usize = 512 << 10;
@@ -184,31 +184,6 @@ impl Future for Append {
         }
         Poll::Pending
     }
-}
-
-/// Why entries were not appended.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AppendError {
-    /// There is no room until lanes catch up or the disk has space again.
-    #[error("the journal is full: {0}")]
-    Full(Arc<str>),
-    /// More is waiting for the disk than may.
-    #[error("too much is waiting for the disk")]
-    Busy,
-    /// The record would not fit into a segment.
-    #[error("the entries take {bytes} bytes; a segment has room for {max}")]
-    TooLarge {
-        /// What they take.
-        bytes: u64,
-        /// What a segment has room for.
-        max: u64,
-    },
-    /// A write or sync failed.
-    #[error("the journal has failed")]
-    Failed,
-    /// The journal is being closed.
-    #[error("the journal is closed")]
-    Closed,
 }
 
 /// The batches that wait for the writer.

@@ -3,30 +3,51 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use rdkafka::ClientConfig;
-use rdkafka::ClientContext;
-use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{Header, OwnedHeaders};
-use rdkafka::producer::{FutureProducer, FutureRecord, Producer as _};
-use tracing::{debug, info, warn};
+use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _};
+use tracing::warn;
 
-use super::Record;
-use super::verdict::SendError;
+use super::Log;
 
 /// How long [`Producer::close`] waits for what is on its way.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How many records share a request.
+/// What is sent.
+pub struct Record {
+    /// Where to.
+    pub topic: String,
+    /// What decides about the partition; any without it.
+    pub key: Option<String>,
+    /// Names and values.
+    pub headers: Vec<(String, String)>,
+    /// The value.
+    pub body: Bytes,
+}
+
+/// A record on its way.
+pub struct Sent {
+    producer: FutureProducer<Log>,
+    report: DeliveryFuture,
+}
+
+/// Why a record was not accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Batching {
-    Many,
-    One,
+pub enum SendError {
+    /// Refused before it was queued: nothing was sent.
+    Local(RDKafkaErrorCode),
+    /// What the delivery report says.
+    Report(RDKafkaErrorCode),
+    /// The producer was closed.
+    Closed,
 }
 
 /// A producer, made when it is first needed. An idempotent producer that can no longer keep its promise fails every
 /// record from then on ("fatal"), so that it has to be made anew.
-pub(super) struct Producer {
+pub struct Producer {
     config: ClientConfig,
     log: Log,
     state: Mutex<State>,
@@ -39,17 +60,35 @@ enum State {
 }
 
 impl Producer {
-    pub(super) fn new(sink: &str, config: ClientConfig) -> Self {
-        Self { config, log: Log { sink: sink.to_owned() }, state: Mutex::new(State::Unmade) }
+    /// For a sink, or for the journal.
+    pub fn new(log: Log, config: ClientConfig) -> Self {
+        Self { config, log, state: Mutex::new(State::Unmade) }
     }
 
     /// Makes the producer now, so that a mistake in its settings shows at the start.
-    pub(super) fn prepare(&self) -> KafkaResult<()> {
+    ///
+    /// # Errors
+    ///
+    /// librdkafka does not take the settings.
+    pub fn prepare(&self) -> KafkaResult<()> {
         self.current().map(drop)
     }
 
     /// Sends one record and awaits its delivery report, which librdkafka gives within the message time-out.
-    pub(super) async fn send(&self, record: &Record) -> Result<(), SendError> {
+    ///
+    /// # Errors
+    ///
+    /// [`SendError`].
+    pub async fn send(&self, record: &Record) -> Result<(), SendError> {
+        self.arrived(self.begin(record)?).await
+    }
+
+    /// Queues one record.
+    ///
+    /// # Errors
+    ///
+    /// [`SendError`]: nothing was sent.
+    pub fn begin(&self, record: &Record) -> Result<Sent, SendError> {
         let producer = self.current().map_err(|error| match error {
             KafkaError::Canceled => SendError::Closed,
             error => SendError::Local(code_of(&error)),
@@ -58,27 +97,37 @@ impl Producer {
         if let Some(key) = &record.key {
             message = message.key(key);
         }
-        let result = match producer.send_result(message) {
-            Ok(report) => match report.await {
-                Ok(Ok(_accepted)) => Ok(()),
-                Ok(Err((error, _message))) => Err(SendError::Report(code_of(&error))),
-                Err(_canceled) => Err(SendError::Closed),
-            },
-            Err((error, _message)) => Err(SendError::Local(code_of(&error))),
-        };
-        if result.is_err() {
-            self.replace_failed(producer);
+        match producer.send_result(message) {
+            Ok(report) => Ok(Sent { producer, report }),
+            Err((error, _message)) => {
+                self.replace_failed(producer);
+                Err(SendError::Local(code_of(&error)))
+            }
         }
+    }
+
+    /// Awaits a record's delivery report.
+    ///
+    /// # Errors
+    ///
+    /// [`SendError`].
+    pub async fn arrived(&self, Sent { producer, report }: Sent) -> Result<(), SendError> {
+        let result = match report.await {
+            Ok(Ok(_accepted)) => return Ok(()),
+            Ok(Err((error, _message))) => Err(SendError::Report(code_of(&error))),
+            Err(_canceled) => Err(SendError::Closed),
+        };
+        self.replace_failed(producer);
         result
     }
 
     /// Waits for the reports of what was sent, a few seconds at most, and lets go of the producer.
-    pub(super) async fn close(&self) {
+    pub async fn close(&self) {
         let state = std::mem::replace(&mut *self.lock(), State::Closed);
         let State::Made(producer) = state else { return };
         let flush = tokio::task::spawn_blocking(move || producer.flush(FLUSH_TIMEOUT));
         if let Ok(Err(error)) = flush.await {
-            warn!(sink = self.log.sink, %error, "some records were not acknowledged before the producer was closed");
+            warn!(sink = self.log.sink(), %error, "some records were not acknowledged before the producer was closed");
         }
     }
 
@@ -105,7 +154,7 @@ impl Producer {
             State::Made(_) | State::Unmade | State::Closed => return,
         };
         drop(state);
-        warn!(sink = self.log.sink, %code, reason, "the producer failed for good and is made anew");
+        warn!(sink = self.log.sink(), %code, reason, "the producer failed for good and is made anew");
         // The last one to let go waits for librdkafka's threads.
         tokio::task::spawn_blocking(move || drop((old, producer)));
     }
@@ -122,31 +171,4 @@ fn headers(record: &Record) -> OwnedHeaders {
 
 fn code_of(error: &KafkaError) -> RDKafkaErrorCode {
     error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)
-}
-
-/// librdkafka's log as ours. It reconnects by itself, so that nothing it says is more than a warning.
-#[derive(Clone)]
-pub(super) struct Log {
-    sink: String,
-}
-
-impl ClientContext for Log {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        let sink = &self.sink;
-        match level {
-            RDKafkaLogLevel::Emerg
-            | RDKafkaLogLevel::Alert
-            | RDKafkaLogLevel::Critical
-            | RDKafkaLogLevel::Error
-            | RDKafkaLogLevel::Warning => warn!(sink, facility, message, "librdkafka"),
-            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => info!(sink, facility, message, "librdkafka"),
-            RDKafkaLogLevel::Debug => debug!(sink, facility, message, "librdkafka"),
-        }
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        warn!(sink = self.sink, %error, reason, "librdkafka reports an error");
-    }
-
-    fn stats_raw(&self, _statistics: &[u8]) {}
 }

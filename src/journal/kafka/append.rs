@@ -1,0 +1,184 @@
+//! Appending: a record per entry, by one idempotent producer for all cores.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, try_join_all};
+use rdkafka::error::RDKafkaErrorCode as Code;
+
+use super::topics::{self, Topics};
+use super::{Addressing, Config, Ends, OpenError};
+use crate::journal::AppendError;
+use crate::kafka::{Log, Producer, Record, SendError};
+
+/// A journal that is ready to be written to.
+pub struct Journal {
+    config: Config,
+    producer: Arc<Producer>,
+    addressing: Arc<ArcSwap<Addressing>>,
+    ends: Ends,
+}
+
+/// A way into the journal. Clones share it.
+#[derive(Clone)]
+pub struct Appender {
+    topic: Arc<str>,
+    producer: Arc<Producer>,
+    addressing: Arc<ArcSwap<Addressing>>,
+}
+
+/// The journal as those see it who look at it. Clones share it.
+#[derive(Clone)]
+pub struct View {
+    appender: Appender,
+    ends: Ends,
+}
+
+impl View {
+    pub(in crate::journal) fn appender(&self) -> Appender {
+        self.appender.clone()
+    }
+
+    /// How far the partitions go.
+    pub fn ends(&self) -> &Ends {
+        &self.ends
+    }
+}
+
+/// An append on its way to the brokers.
+pub struct Append(BoxFuture<'static, Result<(), AppendError>>);
+
+impl Journal {
+    /// Makes what topics there are not, and checks them.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub async fn open(config: Config, addressing: Addressing) -> Result<Self, OpenError> {
+        let Topics { partitions } = topics::prepare(&config).await?;
+        let producer = Producer::new(Log::default(), producer(&config));
+        producer.prepare()?;
+        let ends = Ends::watch(&config, partitions)?;
+        let addressing = Arc::new(ArcSwap::from_pointee(addressing));
+        Ok(Self { config, producer: Arc::new(producer), addressing, ends })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// A handle for those who append.
+    pub fn appender(&self) -> Appender {
+        let (producer, addressing) = (Arc::clone(&self.producer), Arc::clone(&self.addressing));
+        Appender { topic: self.config.events().into(), producer, addressing }
+    }
+
+    /// How far the partitions go.
+    pub fn ends(&self) -> &Ends {
+        &self.ends
+    }
+
+    /// A handle for those who look at it.
+    pub fn view(&self) -> View {
+        View { appender: self.appender(), ends: self.ends.clone() }
+    }
+
+    /// Addresses entries otherwise from now on.
+    pub fn readdress(&self, addressing: Addressing) {
+        self.addressing.store(Arc::new(addressing));
+    }
+
+    /// Waits for what is on its way.
+    pub async fn close(&self) {
+        self.producer.close().await;
+    }
+}
+
+fn producer(config: &Config) -> rdkafka::ClientConfig {
+    let timeout = config.timeout.as_millis().to_string();
+    let mut client = config.client();
+    if !config.options.contains_key("linger.ms") {
+        client.set("linger.ms", "1");
+    }
+    client
+        .set("queue.buffering.max.messages", "100000")
+        .set("queue.buffering.max.kbytes", "131072")
+        .set("message.timeout.ms", &timeout)
+        .set("enable.idempotence", "true")
+        .set("acks", "all")
+        // As Java's clients do it, so that others can tell where an entry is.
+        .set("partitioner", "murmur2_random");
+    client
+}
+
+impl Appender {
+    /// Sends the entries. The result is ready when all in-sync replicas have them.
+    pub(in crate::journal) fn append(&self, entries: Vec<Vec<u8>>) -> Result<Append, AppendError> {
+        let addressing = self.addressing.load();
+        let mut sent = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let record = Bytes::from(entry);
+            let address = addressing(&record);
+            sent.push(self.begin(record, address.key, address.groups).map_err(refused)?);
+        }
+        Ok(self.arrived(sent))
+    }
+
+    /// Sends entries again, each to the one group, and waits until they are stored.
+    ///
+    /// # Errors
+    ///
+    /// [`AppendError`]: some may be stored nevertheless.
+    pub async fn send_to(&self, group: &str, route: &str, entries: Vec<Bytes>) -> Result<(), AppendError> {
+        let addressing = self.addressing.load_full();
+        for some in entries.chunks(1000) {
+            let sent = some.iter().map(|record| {
+                let groups = vec![(group.to_owned(), route.to_owned())];
+                self.begin(record.clone(), addressing(record).key, groups).map_err(refused)
+            });
+            let sent = sent.collect::<Result<_, _>>()?;
+            self.arrived(sent).await?;
+        }
+        Ok(())
+    }
+
+    fn begin(
+        &self,
+        body: Bytes,
+        key: Option<String>,
+        headers: Vec<(String, String)>,
+    ) -> Result<crate::kafka::Sent, SendError> {
+        self.producer.begin(&Record { topic: self.topic.to_string(), key, headers, body })
+    }
+
+    fn arrived(&self, sent: Vec<crate::kafka::Sent>) -> Append {
+        let producer = Arc::clone(&self.producer);
+        Append(Box::pin(async move {
+            let all = sent.into_iter().map(|sent| producer.arrived(sent));
+            try_join_all(all).await.map(drop).map_err(refused)
+        }))
+    }
+}
+
+impl Future for Append {
+    type Output = Result<(), AppendError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+fn refused(error: SendError) -> AppendError {
+    match error {
+        SendError::Closed => AppendError::Closed,
+        SendError::Local(Code::QueueFull) => AppendError::Busy,
+        SendError::Local(Code::MessageSizeTooLarge) | SendError::Report(Code::MessageSizeTooLarge) => {
+            AppendError::TooLarge { bytes: 0, max: 0 }
+        }
+        SendError::Local(code) | SendError::Report(code) => AppendError::Unconfirmed(code.to_string().into()),
+    }
+}

@@ -1,0 +1,190 @@
+//! A sink's consumer group: which replica has which partitions.
+//!
+//! The client here only belongs to the group; [`super::Readers`] reads. Its thread stays in a call of librdkafka until what
+//! a move of partitions asks for is done, so that nobody else has a partition before it was given up here.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, ConsumerGroupMetadata, Rebalance};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::{ClientContext, Offset, TopicPartitionList};
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+
+use super::{Config, Readers};
+use crate::journal::Position;
+use crate::kafka::Log;
+
+/// How long one call may wait for something to happen.
+const POLL: Duration = Duration::from_millis(100);
+/// How long the coordinator may take to say what was committed.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Partitions that come or go.
+#[derive(Debug)]
+pub enum Moved {
+    /// These are ours now.
+    Assigned(Vec<i32>),
+    /// These were.
+    Revoked {
+        /// Which.
+        partitions: Vec<i32>,
+        /// Others may have them already: this replica was silent for too long.
+        lost: bool,
+        /// To be told when they are given up.
+        done: SyncSender<()>,
+    },
+}
+
+/// This replica's membership of a group.
+pub struct Group {
+    consumer: Arc<BaseConsumer<Membership>>,
+    topic: String,
+    leaving: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+/// The group as those see it who commit offsets. Clones share it.
+#[derive(Clone)]
+pub struct Member {
+    consumer: Arc<BaseConsumer<Membership>>,
+    topic: Arc<str>,
+}
+
+struct Membership {
+    log: Log,
+    moved: mpsc::UnboundedSender<Moved>,
+}
+
+impl Group {
+    /// Joins; what then comes and goes is told.
+    ///
+    /// # Errors
+    ///
+    /// librdkafka refuses it.
+    pub fn join(
+        config: &Config,
+        sink: &str,
+        readers: Arc<Readers>,
+    ) -> KafkaResult<(Self, mpsc::UnboundedReceiver<Moved>)> {
+        let (moved, moves) = mpsc::unbounded_channel();
+        let mut client = config.consumer(&config.group(sink));
+        client.set("partition.assignment.strategy", "cooperative-sticky");
+        let context = Membership { log: Log::of_sink(sink), moved };
+        let consumer = Arc::new(BaseConsumer::from_config_and_context(&client, context)?);
+        let topic = config.events();
+        consumer.subscribe(&[&topic])?;
+        let leaving = Arc::new(AtomicBool::new(false));
+        let (member, leave) = (Arc::clone(&consumer), Arc::clone(&leaving));
+        let run = move || {
+            while !leave.load(Ordering::Relaxed) {
+                // Its partitions are paused: whatever got through before that is read by the readers too.
+                if let Some(Err(error)) = member.poll(POLL) {
+                    debug!(%error, "the group");
+                }
+                readers.serve();
+            }
+            member.unsubscribe();
+            while member.assignment().is_ok_and(|assigned| assigned.count() > 0) {
+                drop(member.poll(POLL));
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("group-{sink}")).spawn(run);
+        let thread = thread.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        Ok((Self { consumer, topic, leaving, thread }, moves))
+    }
+
+    /// For those who commit offsets.
+    pub fn member(&self) -> Member {
+        Member { consumer: Arc::clone(&self.consumer), topic: self.topic.as_str().into() }
+    }
+
+    /// Leaves, so that others take over at once. Whoever is told of moves has to be there still. Blocks.
+    pub fn leave(self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        // Its panic has been reported by the thread itself.
+        drop(self.thread.join());
+    }
+}
+
+impl Member {
+    /// What says that this replica has its partitions; nothing after it has left.
+    pub fn metadata(&self) -> Option<ConsumerGroupMetadata> {
+        self.consumer.group_metadata()
+    }
+
+    /// How far a partition was settled, and what was written with that; waits for a transaction of whoever had it before.
+    /// Blocks.
+    ///
+    /// # Errors
+    ///
+    /// The coordinator does not say.
+    pub fn committed(&self, partition: i32) -> KafkaResult<Option<(Position, String)>> {
+        let mut list = TopicPartitionList::new();
+        list.add_partition(&self.topic, partition);
+        let committed = self.consumer.committed_offsets(list, TIMEOUT)?;
+        let found = committed.find_partition(&self.topic, partition);
+        let found = found.ok_or(KafkaError::NoMessageReceived)?;
+        found.error()?;
+        Ok(match found.offset() {
+            Offset::Offset(offset) => Some((Position::from_stored(offset), found.metadata().to_owned())),
+            _ => None,
+        })
+    }
+
+    /// Where a partition begins and ends. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// The brokers do not say.
+    pub fn bounds(&self, partition: i32) -> KafkaResult<(Position, Position)> {
+        let (low, high) = self.consumer.fetch_watermarks(&self.topic, partition, TIMEOUT)?;
+        Ok((Position::from_stored(low), Position::from_stored(high)))
+    }
+}
+
+impl ClientContext for Membership {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.log.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.log.error(error, reason);
+    }
+}
+
+impl ConsumerContext for Membership {
+    fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        let Rebalance::Revoke(list) = rebalance else { return };
+        let (done, given_up) = sync_channel(1);
+        let lost = consumer.assignment_lost();
+        let moved = Moved::Revoked { partitions: partitions(list), lost, done };
+        // Ends when they are given up, or when nobody listens any more.
+        if self.moved.send(moved).is_ok() {
+            given_up.recv().unwrap_or(());
+        }
+    }
+
+    fn post_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
+        match rebalance {
+            Rebalance::Assign(list) => {
+                if let Err(error) = consumer.pause(list) {
+                    warn!(%error, "partitions are read twice");
+                }
+                // Nobody may be there any more.
+                drop(self.moved.send(Moved::Assigned(partitions(list))));
+            }
+            Rebalance::Revoke(_) => {}
+            Rebalance::Error(error) => warn!(%error, "partitions can't be shared out"),
+        }
+    }
+}
+
+fn partitions(list: &TopicPartitionList) -> Vec<i32> {
+    list.elements().iter().map(|element| element.partition()).collect()
+}

@@ -1,0 +1,241 @@
+//! The journal on Kafka, for relays that share it: each entry is a record of the topic `<prefix>.events`.
+//!
+//! # What it guarantees
+//!
+//! - An append that returned `Ok` is on all in-sync replicas of its partitions, `min_insync` of them at least. One that
+//!   returned an error may be stored nevertheless, in whole or in part.
+//! - Entries with one key are in one partition, and keep their order there for as long as the number of partitions stays
+//!   the same.
+//! - Who an entry is for is settled when it is appended, and written with it: relays that change their rules at different
+//!   times can't lose it between them.
+//! - Entries are kept for `retention`, read or not.
+//!
+//! `topics` makes the topics and checks them, `append` writes, `reader` reads one partition on, `group` shares partitions
+//! out among relays. A [`Position`] is an offset in one partition.
+
+mod append;
+mod ends;
+mod group;
+mod reader;
+mod topics;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rdkafka::ClientConfig;
+use rdkafka::error::KafkaError;
+use serde::Deserialize;
+
+pub use append::{Append, Appender, Journal, View};
+pub use ends::Ends;
+pub use group::{Group, Member, Moved};
+pub use reader::{ReadError, Reader, Readers};
+
+use crate::kafka;
+
+/// How long a member of a group may be silent before its partitions go to others, in milliseconds.
+const SESSION_TIMEOUT: &str = "10000";
+/// Properties that are nobody's business but ours, beside those of [`kafka::take_reserved`].
+const RESERVED_OPTIONS: [(&str, &str); 8] = [
+    ("group.id", "each sink is a group, which `prefix` and its name make up"),
+    ("group.instance.id", "replicas come and go"),
+    ("isolation.level", "what was not committed must not be seen"),
+    ("enable.auto.commit", "offsets are committed with what they pass"),
+    ("enable.auto.offset.store", "offsets are committed with what they pass"),
+    ("auto.offset.reset", "nothing may be passed over"),
+    ("enable.partition.eof", "readers wait for more"),
+    ("transaction.timeout.ms", "a replica that ends must not hold up the next for long"),
+];
+
+/// The checked settings.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "named like the settings")]
+pub struct Config {
+    pub brokers: Vec<String>,
+    pub prefix: String,
+    pub partitions: i32,
+    pub replication: i32,
+    pub min_insync: i32,
+    pub retention: Duration,
+    pub key: KeyBy,
+    pub timeout: Duration,
+    pub options: BTreeMap<String, String>,
+}
+
+/// What keeps entries in one partition.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "named like the fields")]
+pub enum KeyBy {
+    #[default]
+    MessageId,
+    RecipientId,
+    SenderId,
+}
+
+/// What an entry is sent with.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Address {
+    /// What its partition is chosen by; any without it.
+    pub key: Option<String>,
+    /// The groups that it is for, each with the route that says so.
+    pub groups: Vec<(String, String)>,
+}
+
+/// Says where an entry goes.
+pub type Addressing = Arc<dyn Fn(&Bytes) -> Address + Send + Sync>;
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            brokers: Vec::new(),
+            prefix: "engage-relay".to_owned(),
+            partitions: 12,
+            replication: 3,
+            min_insync: 2,
+            retention: Duration::from_secs(24 * 3600),
+            key: KeyBy::default(),
+            timeout: Duration::from_secs(5),
+            options: BTreeMap::new(),
+        }
+    }
+}
+
+impl Config {
+    /// What is wrong with the settings, if anything.
+    pub fn problem(&self) -> Option<String> {
+        if let Some(problem) = kafka::problem_of_brokers(&self.brokers) {
+            return Some(format!("journal.brokers: {problem}"));
+        }
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        // The longest name that is made of it has to be a topic's.
+        if !(1..=200).contains(&self.prefix.len()) || !self.prefix.chars().all(legal) {
+            return Some("journal.prefix has up to 200 letters, digits, \".\", \"_\" and \"-\"".to_owned());
+        }
+        if !(1..=10_000).contains(&self.partitions) {
+            return Some(format!("journal.partitions is {}; it must be from 1 to 10000", self.partitions));
+        }
+        if !(1..=100).contains(&self.replication) {
+            return Some(format!("journal.replication is {}; it must be from 1 to 100", self.replication));
+        }
+        if !(1..=self.replication).contains(&self.min_insync) {
+            let (given, most) = (self.min_insync, self.replication);
+            return Some(format!("journal.min_insync is {given}; it must be from 1 to journal.replication, {most}"));
+        }
+        if self.timeout < Duration::from_millis(100) || self.timeout > Duration::from_secs(300) {
+            return Some("journal.timeout must be from 100 ms to 5 minutes".to_owned());
+        }
+        if self.retention < Duration::from_secs(60) {
+            return Some("journal.retention must be at least a minute".to_owned());
+        }
+        let mut options = self.options.clone();
+        let own = RESERVED_OPTIONS.iter().filter(|(name, _)| options.contains_key(*name));
+        let own: Vec<_> = own.map(|(name, reason)| format!("{name:?} cannot be set: {reason}")).collect();
+        if let Some(problem) = kafka::take_reserved(&mut options).into_iter().chain(own).next() {
+            return Some(format!("journal.options: {problem}"));
+        }
+        let refused = self.client().create_native_config().err();
+        refused.map(|error| format!("journal.options: {}", kafka::refused_option(&error)))
+    }
+
+    /// The topic of the entries.
+    pub fn events(&self) -> String {
+        format!("{}.events", self.prefix)
+    }
+
+    /// The topic of what is parked.
+    pub fn parked(&self) -> String {
+        format!("{}.parked", self.prefix)
+    }
+
+    /// The topic of dead letters.
+    pub fn dead_letters(&self) -> String {
+        format!("{}.dead-letters", self.prefix)
+    }
+
+    /// The topic by which replicas tell each other what they are to do.
+    pub fn control(&self) -> String {
+        format!("{}.control", self.prefix)
+    }
+
+    /// A sink's group.
+    pub fn group(&self, sink: &str) -> String {
+        format!("{}.{sink}", self.prefix)
+    }
+
+    /// How long a member of a group may be silent before its partitions go to others.
+    pub fn session_timeout(&self) -> Duration {
+        let given = self.options.get("session.timeout.ms").map_or(SESSION_TIMEOUT, String::as_str);
+        Duration::from_millis(given.parse().unwrap_or(10_000))
+    }
+
+    /// What all clients have in common.
+    pub fn client(&self) -> ClientConfig {
+        let mut client = ClientConfig::new();
+        client
+            .set("client.id", "engage-relay")
+            .set("socket.keepalive.enable", "true")
+            .set("socket.nagle.disable", "true")
+            .set("reconnect.backoff.ms", "100")
+            .set("reconnect.backoff.max.ms", "2000")
+            .set("log.connection.close", "false");
+        for (name, value) in &self.options {
+            client.set(name, value);
+        }
+        client.set("bootstrap.servers", self.brokers.join(","));
+        client
+    }
+
+    /// A consumer that sees only what is committed.
+    pub fn consumer(&self, group: &str) -> ClientConfig {
+        let mut client = self.client();
+        if !self.options.contains_key("session.timeout.ms") {
+            client.set("session.timeout.ms", SESSION_TIMEOUT);
+        }
+        client
+            .set("group.id", group)
+            .set("isolation.level", "read_committed")
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            .set("auto.offset.reset", "earliest")
+            .set("queued.max.messages.kbytes", "4096");
+        client
+    }
+}
+
+/// Why the journal can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The brokers did not answer, or refused.
+    #[error("Kafka can't be reached at {brokers}, or refuses: check journal.brokers and journal.options")]
+    Unreachable {
+        /// Where they should be.
+        brokers: String,
+        /// What librdkafka says.
+        source: KafkaError,
+    },
+    /// A topic could not be made.
+    #[error("the topic {topic} can't be made: {reason}")]
+    Create {
+        /// Which.
+        topic: String,
+        /// What the broker says.
+        reason: String,
+    },
+    /// A topic would weaken what is guaranteed.
+    #[error("the topic {topic} can't be the journal's: {reason}")]
+    Topic {
+        /// Which.
+        topic: String,
+        /// Why.
+        reason: String,
+    },
+    /// librdkafka can't be used so.
+    #[error("a client of Kafka can't be set up")]
+    Client(#[from] KafkaError),
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,37 @@
+use super::*;
+
+fn config(change: impl FnOnce(&mut Config)) -> Config {
+    let mut config = Config { brokers: vec!["kafka-0:9092".to_owned()], ..Config::default() };
+    change(&mut config);
+    config
+}
+
+#[test]
+fn what_is_wrong_is_said() {
+    assert_eq!(config(|_| {}).problem(), None);
+    let check = |change: fn(&mut Config), expected: &str| {
+        let problem = config(change).problem().expect(expected);
+        assert!(problem.contains(expected), "{problem}\n should have {expected}");
+    };
+    check(|config| config.brokers.clear(), "journal.brokers: the list of brokers is empty");
+    check(|config| config.brokers.push("http://x:1".to_owned()), "is not a broker's address");
+    check(|config| config.prefix.clear(), "journal.prefix has up to 200");
+    check(|config| config.prefix = "a b".to_owned(), "journal.prefix has up to 200");
+    check(|config| config.partitions = 0, "from 1 to 10000");
+    check(|config| config.min_insync = 4, "from 1 to journal.replication, 3");
+    check(|config| config.timeout = Duration::from_millis(99), "journal.timeout");
+    check(|config| config.retention = Duration::from_secs(59), "journal.retention");
+    check(|config| drop(config.options.insert("acks".into(), "1".into())), "\"acks\" cannot be set");
+    check(|config| drop(config.options.insert("group.id".into(), "1".into())), "\"group.id\" cannot be set");
+    check(|config| drop(config.options.insert("no.such".into(), "1".into())), "does not know \"no.such\"");
+}
+
+#[test]
+fn limits_are_within() {
+    let check = |change: fn(&mut Config)| assert_eq!(config(change).problem(), None);
+    check(|config| config.prefix = "x".repeat(200));
+    check(|config| config.partitions = 10_000);
+    check(|config| config.min_insync = 3);
+    check(|config| config.timeout = Duration::from_millis(100));
+    check(|config| config.retention = Duration::from_secs(60));
+}

@@ -1,0 +1,200 @@
+//! The journal's topics: made where there are none, and checked for what would weaken the guarantee.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use rdkafka::admin::{AdminClient, AdminOptions, ConfigEntry, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::error::RDKafkaErrorCode as Code;
+use rdkafka::metadata::MetadataTopic;
+use tokio::time::{Instant, sleep};
+use tracing::info;
+
+use super::{Config, OpenError};
+use crate::kafka::Log;
+
+/// How long brokers may take to answer, and topics to appear.
+const TIMEOUT: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(200);
+
+/// What was found.
+pub(super) struct Topics {
+    /// How many partitions the entries have.
+    pub(super) partitions: i32,
+}
+
+/// A topic as it should be.
+struct Wanted {
+    name: String,
+    partitions: i32,
+    /// What it is made with besides what all have.
+    settings: Vec<(&'static str, String)>,
+    cleanup: &'static str,
+}
+
+/// Makes what topics there are not, and checks all.
+pub(super) async fn prepare(config: &Config) -> Result<Topics, OpenError> {
+    let admin: AdminClient<Log> = AdminClient::from_config_and_context(&config.client(), Log::default())?;
+    let wanted = wanted(config);
+    let known = metadata(&admin, config).await?;
+    for topic in wanted.iter().filter(|topic| !known.contains_key(&topic.name)) {
+        create(&admin, config, topic).await?;
+    }
+    let found = await_topics(&admin, config, &wanted).await?;
+    let names: Vec<_> = wanted.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
+    let described = admin.describe_configs(&names, &options()).await.map_err(|source| unreachable(config, source))?;
+    for (topic, described) in wanted.iter().zip(described) {
+        let described = described.map_err(|code| wrong(topic, format!("its settings can't be read: {code}")))?;
+        check_settings(config, topic, &described.entry_map())?;
+        check_replicas(config, topic, found.get(&topic.name))?;
+    }
+    let partitions = |name: &str| found.get(name).map_or(0, |found| found.partitions);
+    let (events, parked) = (partitions(&config.events()), partitions(&config.parked()));
+    if events != parked {
+        let reason = format!("it has {parked} partitions and {} has {events}: give it as many", config.events());
+        return Err(OpenError::Topic { topic: config.parked(), reason });
+    }
+    Ok(Topics { partitions: events })
+}
+
+fn wanted(config: &Config) -> [Wanted; 4] {
+    let retention = config.retention.as_millis().to_string();
+    let events = vec![("cleanup.policy", "delete".to_owned()), ("retention.ms", retention)];
+    // What is compacted has to be read through at a change of hands: it is kept short.
+    let compacted = || {
+        vec![
+            ("cleanup.policy", "compact".to_owned()),
+            ("segment.bytes", (16 << 20).to_string()),
+            ("min.cleanable.dirty.ratio", "0.2".to_owned()),
+        ]
+    };
+    let topic = |name, partitions, settings, cleanup| Wanted { name, partitions, settings, cleanup };
+    [
+        topic(config.events(), config.partitions, events, "delete"),
+        topic(config.parked(), config.partitions, compacted(), "compact"),
+        topic(config.dead_letters(), config.partitions, compacted(), "compact"),
+        topic(config.control(), 1, compacted(), "compact"),
+    ]
+}
+
+async fn create(admin: &AdminClient<Log>, config: &Config, topic: &Wanted) -> Result<(), OpenError> {
+    let min_insync = config.min_insync.to_string();
+    let mut new = NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(config.replication))
+        .set("min.insync.replicas", &min_insync)
+        .set("unclean.leader.election.enable", "false");
+    for (name, value) in &topic.settings {
+        new = new.set(name, value);
+    }
+    let created = admin.create_topics([&new], &options()).await.map_err(|source| unreachable(config, source))?;
+    match created.into_iter().next() {
+        // Another replica was faster.
+        Some(Err((_, Code::TopicAlreadyExists))) | None => Ok(()),
+        Some(Ok(_)) => {
+            info!(topic = topic.name, partitions = topic.partitions, replication = config.replication, "topic made");
+            Ok(())
+        }
+        Some(Err((name, code))) => {
+            let hint = match code {
+                Code::InvalidReplicationFactor => {
+                    format!("; journal.replication is {}: are there as many brokers?", config.replication)
+                }
+                _ => String::new(),
+            };
+            Err(OpenError::Create { topic: name, reason: format!("{code}{hint}") })
+        }
+    }
+}
+
+/// A topic as brokers know it.
+struct Found {
+    partitions: i32,
+    /// The fewest replicas that a partition has.
+    replicas: i32,
+}
+
+async fn metadata(admin: &AdminClient<Log>, config: &Config) -> Result<HashMap<String, Found>, OpenError> {
+    let client = admin.inner();
+    // Blocks, at most for the time of a start.
+    let metadata = tokio::task::block_in_place(|| client.fetch_metadata(None, TIMEOUT));
+    let metadata = metadata.map_err(|source| unreachable(config, source))?;
+    let usable = |topic: &&MetadataTopic| topic.error().is_none() && !topic.partitions().is_empty();
+    let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
+    let found = metadata.topics().iter().filter(usable).map(|topic| {
+        let replicas = topic.partitions().iter().map(|partition| number(partition.replicas().len())).min();
+        let found = Found { partitions: number(topic.partitions().len()), replicas: replicas.unwrap_or(0) };
+        (topic.name().to_owned(), found)
+    });
+    Ok(found.collect())
+}
+
+/// Waits until all are known: it takes a moment after they were made.
+async fn await_topics(
+    admin: &AdminClient<Log>,
+    config: &Config,
+    wanted: &[Wanted],
+) -> Result<HashMap<String, Found>, OpenError> {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let found = metadata(admin, config).await?;
+        match wanted.iter().find(|topic| !found.contains_key(&topic.name)) {
+            None => return Ok(found),
+            Some(missing) if Instant::now() >= deadline => {
+                let reason = "it was made and does not appear".to_owned();
+                return Err(OpenError::Create { topic: missing.name.clone(), reason });
+            }
+            Some(_) => sleep(POLL).await,
+        }
+    }
+}
+
+/// What would lose events, and how to mend it.
+fn check_settings(config: &Config, topic: &Wanted, settings: &HashMap<&str, &ConfigEntry>) -> Result<(), OpenError> {
+    let value = |name: &str| settings.get(name).and_then(|entry| entry.value.as_deref()).unwrap_or_default();
+    let number = |name: &str| value(name).parse::<i64>().unwrap_or(0);
+    let refuse = |name: &str, should: &str, why: &str| {
+        Err(wrong(topic, format!("{name} is {:?}, and should be {should}: {why}", value(name))))
+    };
+    if value("cleanup.policy") != topic.cleanup {
+        return refuse("cleanup.policy", topic.cleanup, "otherwise what is still needed would be removed");
+    }
+    if number("min.insync.replicas") < config.min_insync.into() {
+        let should = format!("at least journal.min_insync, {}", config.min_insync);
+        return refuse("min.insync.replicas", &should, "what is acknowledged would be on fewer brokers");
+    }
+    if value("unclean.leader.election.enable") != "false" {
+        let why = "a broker that lacks what was acknowledged could become the leader";
+        return refuse("unclean.leader.election.enable", "false", why);
+    }
+    if topic.cleanup == "delete" {
+        let (kept, wanted) = (number("retention.ms"), i64::try_from(config.retention.as_millis()).unwrap_or(i64::MAX));
+        if kept != -1 && kept < wanted {
+            let should = format!("at least journal.retention, {wanted}");
+            return refuse("retention.ms", &should, "events would be removed before they are delivered");
+        }
+        if number("retention.bytes") != -1 {
+            return refuse("retention.bytes", "-1", "events could be removed before they are delivered");
+        }
+    }
+    Ok(())
+}
+
+fn check_replicas(config: &Config, topic: &Wanted, found: Option<&Found>) -> Result<(), OpenError> {
+    let replicas = found.map_or(0, |found| found.replicas);
+    if replicas < config.replication {
+        let wanted = config.replication;
+        return Err(wrong(topic, format!("it has {replicas} replicas, fewer than journal.replication, {wanted}")));
+    }
+    Ok(())
+}
+
+fn wrong(topic: &Wanted, reason: String) -> OpenError {
+    OpenError::Topic { topic: topic.name.clone(), reason }
+}
+
+fn unreachable(config: &Config, source: rdkafka::error::KafkaError) -> OpenError {
+    OpenError::Unreachable { brokers: config.brokers.join(", "), source }
+}
+
+fn options() -> AdminOptions {
+    AdminOptions::new().request_timeout(Some(TIMEOUT)).operation_timeout(Some(TIMEOUT))
+}

@@ -1,0 +1,122 @@
+//! What those share who speak to Kafka: a producer, librdkafka's log, and what may be said about brokers and options.
+
+mod producer;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rdkafka::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::ConsumerContext;
+use rdkafka::error::KafkaError;
+use rdkafka::producer::{DeliveryResult, ProducerContext};
+use tracing::{debug, info, warn};
+
+pub use producer::{Producer, Record, SendError, Sent};
+
+/// librdkafka properties that nobody may set, and why.
+const RESERVED_OPTIONS: [(&str, &str); 12] = [
+    ("acks", "every event has to be acknowledged by all in-sync replicas"),
+    ("request.required.acks", "every event has to be acknowledged by all in-sync replicas"),
+    ("enable.idempotence", "the producer is always idempotent, so that resending makes no duplicates"),
+    ("bootstrap.servers", "write `brokers` instead"),
+    ("metadata.broker.list", "write `brokers` instead"),
+    ("message.timeout.ms", "write `timeout` instead"),
+    ("delivery.timeout.ms", "write `timeout` instead"),
+    ("transactional.id", "the relay decides about transactions"),
+    ("delivery.report.only.error", "every delivery report is awaited"),
+    ("queuing.strategy", "order matters"),
+    ("log_level", "the relay's own log level decides"),
+    ("plugin.library.paths", "plugins are not loaded"),
+];
+
+/// librdkafka's log as ours. It reconnects by itself, so that nothing it says is more than a warning.
+#[derive(Clone, Default)]
+pub struct Log {
+    sink: Option<Arc<str>>,
+}
+
+impl Log {
+    /// Of a sink's client; the journal's have none.
+    pub fn of_sink(sink: &str) -> Self {
+        Self { sink: Some(sink.into()) }
+    }
+
+    fn sink(&self) -> Option<&str> {
+        self.sink.as_deref()
+    }
+}
+
+impl ClientContext for Log {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        let sink = self.sink();
+        // What is set for all clients of a kind is not for each of them.
+        if facility == "CONFWARN" && message.ends_with("will be ignored by this consumer instance")
+            || message.ends_with("will be ignored by this producer instance")
+        {
+            return debug!(sink, facility, message, "librdkafka");
+        }
+        match level {
+            RDKafkaLogLevel::Emerg
+            | RDKafkaLogLevel::Alert
+            | RDKafkaLogLevel::Critical
+            | RDKafkaLogLevel::Error
+            | RDKafkaLogLevel::Warning => warn!(sink, facility, message, "librdkafka"),
+            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => info!(sink, facility, message, "librdkafka"),
+            RDKafkaLogLevel::Debug => debug!(sink, facility, message, "librdkafka"),
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        warn!(sink = self.sink(), %error, reason, "librdkafka reports an error");
+    }
+
+    fn stats_raw(&self, _statistics: &[u8]) {}
+}
+
+impl ConsumerContext for Log {}
+
+/// What fails to arrive fails the transaction that it is part of.
+impl ProducerContext for Log {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _result: &DeliveryResult<'_>, (): ()) {}
+}
+
+/// What is wrong with a list of brokers, if anything.
+pub fn problem_of_brokers(brokers: &[String]) -> Option<String> {
+    if brokers.is_empty() {
+        return Some("the list of brokers is empty".to_owned());
+    }
+    let wrong = brokers.iter().find(|broker| !is_broker(broker))?;
+    Some(format!("{wrong:?} is not a broker's address, such as \"kafka-0:9092\""))
+}
+
+fn is_broker(text: &str) -> bool {
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (text, None),
+    };
+    let bracketed = host.starts_with('[') && host.ends_with(']');
+    let illegal = |c: char| c.is_whitespace() || c.is_control() || matches!(c, ',' | '/' | '@');
+    !host.is_empty()
+        && !host.contains(illegal)
+        && (bracketed || !host.contains(':'))
+        && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port != 0))
+}
+
+/// Takes those options away that nobody may set, and says why.
+pub fn take_reserved(options: &mut BTreeMap<String, String>) -> Vec<String> {
+    let reserved = RESERVED_OPTIONS.iter().filter(|(name, _)| options.remove(*name).is_some());
+    reserved.map(|(name, reason)| format!("{name:?} cannot be set: {reason}")).collect()
+}
+
+/// What librdkafka objects to; without the value, which may be a secret.
+pub fn refused_option(error: &KafkaError) -> String {
+    match error {
+        KafkaError::ClientConfig(_, _, name, _) => {
+            format!("librdkafka does not know {name:?}, or not with this value")
+        }
+        _ => "librdkafka refuses these options".to_owned(),
+    }
+}

@@ -1,0 +1,173 @@
+//! The ledger of relays that share a journal on Kafka.
+//!
+//! A sink's progress is its group's offsets, with what is settled ahead of them as their metadata; what it has parked is in
+//! the partitions of `<prefix>.parked` that go with those of the journal, and its dead letters are in
+//! `<prefix>.dead-letters`. All of what is settled together moves in one transaction, which the group's coordinator refuses
+//! from a replica that no longer has the partitions. Writing something again changes nothing: everything has a key.
+//!
+//! `records` is how it looks in Kafka, `commit` writes it, `load` reads what another replica has left, `letters` what has died.
+
+mod commit;
+mod letters;
+mod load;
+mod records;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rdkafka::error::KafkaError;
+use rusqlite::Connection;
+
+use super::{Account, Ledger, LedgerError, Progress, Written, changes, schema};
+use crate::journal::kafka::{Config, Member};
+use commit::Committer;
+
+pub use letters::Letters;
+
+/// One sink's ledger, on this replica.
+pub struct Shared {
+    config: Config,
+    sink: Arc<str>,
+    member: Member,
+    ledger: Ledger,
+    thread: JoinHandle<()>,
+    lease: Lease,
+}
+
+/// What a lane goes on with.
+pub struct Loaded {
+    /// Its way into the ledger.
+    pub account: Account,
+    /// How far it has come.
+    pub progress: Progress,
+    /// How many parked deliveries there are of each key.
+    pub parked: Vec<(Option<String>, usize)>,
+}
+
+/// How long a sink's partitions are certainly this replica's: from the last transaction that was accepted, as long as a
+/// member of a group may be silent. Clones share it.
+#[derive(Clone)]
+pub struct Lease {
+    epoch: Instant,
+    /// When the last accepted transaction began, in milliseconds since the epoch, and one more; 0: none yet.
+    renewed: Arc<AtomicU64>,
+    term: Duration,
+}
+
+impl Shared {
+    /// Nothing is loaded yet.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: SQLite or the thread can't be started.
+    pub fn open(config: &Config, sink: &str, member: Member) -> Result<Self, LedgerError> {
+        // A temporary database: it goes to disk where memory does not suffice, and is gone with the process.
+        let mut connection = Connection::open("")?;
+        schema::prepare(&mut connection, "".as_ref())?;
+        let lease = Lease::new(config.session_timeout());
+        let committer = Committer::new(config.clone(), sink, member.clone(), lease.clone());
+        let (ledger, thread) = Ledger::start(connection, Some(Box::new(committer)))?;
+        Ok(Self { config: config.clone(), sink: sink.into(), member, ledger, thread, lease })
+    }
+
+    /// Takes over a partition's lane: waits for what whoever had it before has written, and reads it.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: Kafka does not answer, or another replica has the partition by now.
+    pub async fn take_over(&self, partition: i32) -> Result<Loaded, LedgerError> {
+        let (member, config, sink) = (self.member.clone(), self.config.clone(), Arc::clone(&self.sink));
+        let progress = blocking(move || load::progress(&member, partition)).await?;
+        let lane = partition.to_string();
+        let mark = format!("{:016x}", rand::random::<u64>());
+        self.open_lane(&lane, progress.clone(), mark.clone()).await?;
+        let parked = blocking(move || load::parked(&config, &sink, partition, &mark)).await?;
+        let adopted = lane.clone();
+        let adopt = move |books: &mut super::Books<'_>| changes::adopt(&books.transaction, &adopted, &parked);
+        self.ledger.run(adopt).await?;
+        let parked = self.ledger.parked_keys(&lane).await?;
+        let account = Account::new(self.ledger.clone(), &lane, Some(self.lease.clone()));
+        Ok(Loaded { account, progress, parked })
+    }
+
+    /// Makes dead letters of what a partition's lane has parked, because its sink is no longer in the rules.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: nothing has changed.
+    pub async fn bury_parked(&self, partition: i32) -> Result<usize, LedgerError> {
+        let lane = partition.to_string();
+        self.ledger.run(move |books| changes::bury_parked(books, &lane, super::now())).await
+    }
+
+    /// Ends the thread when what is queued is done. Blocks.
+    pub fn close(self) {
+        self.ledger.close();
+        // Its panic has been reported by the thread itself.
+        drop(self.thread.join());
+    }
+
+    /// Notes where a lane begins, which shows that the partition is ours.
+    async fn open_lane(&self, lane: &str, progress: Progress, mark: String) -> Result<(), LedgerError> {
+        let lane = lane.to_owned();
+        let open = move |books: &mut super::Books<'_>| {
+            changes::settle(books, &lane, Some(&progress), &[], super::now())?;
+            if let Some(written) = &mut books.written {
+                written.push(Written::Opened { lane: lane.clone(), mark: mark.clone() });
+            }
+            Ok(())
+        };
+        self.ledger.run(open).await
+    }
+}
+
+impl Lease {
+    fn new(term: Duration) -> Self {
+        Self { epoch: Instant::now(), renewed: Arc::default(), term }
+    }
+
+    /// A transaction that began then was accepted.
+    fn renew(&self, begun: Instant) {
+        let millis = begun.saturating_duration_since(self.epoch).as_millis();
+        self.renewed.fetch_max(u64::try_from(millis).unwrap_or(0) + 1, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.age().is_some_and(|age| age < self.term)
+    }
+
+    pub(super) fn has_to_renew(&self) -> bool {
+        self.age().is_none_or(|age| age > self.term / 2)
+    }
+
+    fn age(&self) -> Option<Duration> {
+        let renewed = self.renewed.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(self.epoch.elapsed().saturating_sub(Duration::from_millis(renewed)))
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, KafkaError> + Send + 'static,
+) -> Result<T, LedgerError> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(|error| LedgerError::Failed(error.to_string()))?;
+    done.map_err(|error| LedgerError::Failed(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_ends_unless_it_is_renewed() {
+        let lease = Lease::new(Duration::from_millis(200));
+        assert!(!lease.is_held() && lease.has_to_renew(), "nothing was accepted yet");
+        lease.renew(Instant::now());
+        assert!(lease.is_held() && !lease.has_to_renew());
+        std::thread::sleep(Duration::from_millis(120));
+        assert!(lease.has_to_renew());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!lease.is_held());
+    }
+}

@@ -1,0 +1,178 @@
+//! Dead letters of relays that share a journal: each has a copy of all, which is made anew at every start.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::message::Message as _;
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{Offset, TopicPartitionList};
+use rusqlite::{Connection, OptionalExtension as _, params};
+use tracing::{error, warn};
+
+use super::super::{DeadLetter, LedgerError, Letters as Reader, Millis, schema};
+use super::records::{Died, id_of, place_of, read_dead};
+use crate::journal::Position;
+use crate::journal::kafka::Config;
+use crate::kafka::Log;
+
+/// How long to wait for what dies.
+const POLL: Duration = Duration::from_millis(200);
+/// How many are noted together.
+const BATCH: usize = 500;
+
+/// A copy of all dead letters, and the way to discard them. Clones share it.
+#[derive(Clone)]
+pub struct Letters(Arc<Kept>);
+
+struct Kept {
+    reader: Arc<Mutex<Reader>>,
+    producer: FutureProducer<Log>,
+    topic: String,
+    stopped: Arc<AtomicBool>,
+}
+
+impl Letters {
+    /// Begins to read them.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: a client or the thread can't be started.
+    pub fn open(config: &Config, partitions: usize) -> Result<Self, LedgerError> {
+        let failed = |error: KafkaError| LedgerError::Failed(error.to_string());
+        let mut connection = Connection::open("")?;
+        schema::prepare(&mut connection, "".as_ref())?;
+        let reader = Arc::new(Mutex::new(Reader::of(connection)));
+        let topic = config.dead_letters();
+        let client = config.consumer(&config.group("dead-letters.reader"));
+        let consumer: BaseConsumer<Log> =
+            BaseConsumer::from_config_and_context(&client, Log::default()).map_err(failed)?;
+        let mut list = TopicPartitionList::new();
+        for partition in 0..i32::try_from(partitions).unwrap_or(i32::MAX) {
+            list.add_partition_offset(&topic, partition, Offset::Beginning).map_err(failed)?;
+        }
+        consumer.assign(&list).map_err(failed)?;
+        let mut client = config.client();
+        client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
+        let producer = FutureProducer::from_config_and_context(&client, Log::default()).map_err(failed)?;
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (stop, notes) = (Arc::clone(&stopped), Arc::clone(&reader));
+        let follow = move || {
+            while !stop.load(Ordering::Relaxed) {
+                follow(&consumer, &notes);
+            }
+        };
+        std::thread::Builder::new().name("dead-letters".to_owned()).spawn(follow).map_err(LedgerError::Thread)?;
+        Ok(Self(Arc::new(Kept { reader, producer, topic, stopped })))
+    }
+
+    /// Reads the copy. Blocks.
+    pub fn read<T>(&self, read: impl FnOnce(&Reader) -> T) -> T {
+        read(&lock(&self.0.reader))
+    }
+
+    /// Discards dead letters, on all replicas; how many there were.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: some may be discarded.
+    pub async fn discard(&self, ids: Vec<i64>) -> Result<usize, LedgerError> {
+        let places: Vec<_> = {
+            let reader = lock(&self.0.reader);
+            ids.iter().map(|id| place(reader.connection(), *id)).collect::<Result<Vec<_>, _>>()?
+        };
+        let places: Vec<_> = places.into_iter().flatten().collect();
+        for (sink, position) in &places {
+            let (partition, offset) = place_of(*position);
+            let key = format!("{sink}/{partition}/{offset}");
+            let record: FutureRecord<'_, str, [u8]> =
+                FutureRecord::to(&self.0.topic).key(key.as_str()).partition(partition);
+            let sent = self.0.producer.send(record, Duration::from_secs(10)).await;
+            sent.map_err(|(error, _)| LedgerError::Failed(error.to_string()))?;
+        }
+        let reader = lock(&self.0.reader);
+        for (sink, position) in &places {
+            remove(reader.connection(), sink, *position)?;
+        }
+        Ok(places.len())
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Notes what has come.
+fn follow(consumer: &BaseConsumer<Log>, reader: &Mutex<Reader>) {
+    let Some(first) = consumer.poll(POLL) else { return };
+    let rest = std::iter::from_fn(|| consumer.poll(Duration::ZERO));
+    let found: Vec<KafkaResult<(i64, Option<Died>)>> = std::iter::once(first)
+        .chain(rest)
+        .take(BATCH)
+        .map(|message| message.map(|message| (id_of(message.partition(), message.offset()), read_dead(&message))))
+        .collect();
+    let reader = lock(reader);
+    if let Err(error) = note(reader.connection(), found) {
+        error!(%error, "dead letters can't be noted");
+    }
+}
+
+fn note(connection: &Connection, found: Vec<KafkaResult<(i64, Option<Died>)>>) -> rusqlite::Result<()> {
+    connection.execute_batch("BEGIN")?;
+    for found in found {
+        match found {
+            Ok((id, Some(Died { sink, letter: Some((letter, died_at)), .. }))) => {
+                insert(connection, id, &sink, &letter, died_at)?;
+            }
+            Ok((_, Some(Died { sink, position, letter: None }))) => remove(connection, &sink, position)?,
+            Ok((id, None)) => warn!(id, "a record among the dead letters is none"),
+            Err(error) => warn!(%error, "dead letters can't be read"),
+        }
+    }
+    connection.execute_batch("COMMIT")
+}
+
+fn insert(connection: &Connection, id: i64, sink: &str, dead: &DeadLetter, died_at: Millis) -> rusqlite::Result<()> {
+    let mut insert = connection.prepare_cached(
+        "INSERT OR REPLACE INTO dead_letters
+         (id, lane, position, event_id, status, key, route, reason, error_kind, error, attempts, first_failed_at, died_at, record)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+    )?;
+    insert.execute(params![
+        id,
+        sink,
+        dead.position.to_stored(),
+        dead.event_id,
+        dead.status,
+        dead.key,
+        dead.route,
+        dead.reason.as_str(),
+        dead.error_kind,
+        dead.error,
+        dead.attempts,
+        dead.first_failed_at,
+        died_at,
+        &dead.record[..],
+    ])?;
+    Ok(())
+}
+
+/// Whose a dead letter is, and where its event stands.
+fn place(connection: &Connection, id: i64) -> rusqlite::Result<Option<(String, Position)>> {
+    let mut select = connection.prepare_cached("SELECT lane, position FROM dead_letters WHERE id = ?1")?;
+    select.query_row([id], |row| Ok((row.get(0)?, Position::from_stored(row.get(1)?)))).optional()
+}
+
+fn remove(connection: &Connection, sink: &str, position: Position) -> rusqlite::Result<()> {
+    let mut delete = connection.prepare_cached("DELETE FROM dead_letters WHERE lane = ?1 AND position = ?2")?;
+    delete.execute(params![sink, position.to_stored()]).map(drop)
+}
+
+fn lock(reader: &Mutex<Reader>) -> MutexGuard<'_, Reader> {
+    reader.lock().unwrap_or_else(PoisonError::into_inner)
+}
