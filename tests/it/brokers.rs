@@ -2,8 +2,10 @@
 //! readers that collect what has arrived there.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -22,7 +24,7 @@ use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde_json::Value;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
 use crate::harness::{Received, Receiver, Reply};
@@ -33,6 +35,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const RECONNECT: Duration = Duration::from_millis(100);
 /// Partitions of a test's topic.
 const PARTITIONS: i32 = 3;
+/// Starts and ends brokers.
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/brokers");
 
 // ---- brokers ---------------------------------------------------------------------------------------------------
 
@@ -69,19 +73,31 @@ pub(crate) enum Kind {
     RabbitMq,
 }
 
-/// A broker of a test's own, that it may stop and kill. Ends with this value.
+/// A broker of a test's own, or several, that it may stop and kill. Ends with this value.
 pub(crate) struct OwnBroker {
     kind: Kind,
     dir: PathBuf,
     variables: HashMap<String, String>,
+    /// Ends the brokers when its input ends.
+    end: Child,
 }
 
 impl OwnBroker {
     /// Starts one and waits until it answers.
     pub(crate) async fn start(kind: Kind) -> Self {
+        Self::up(kind, &[]).await
+    }
+
+    /// Starts so many of Kafka's, numbered from 1, that make up one cluster, and waits until they answer.
+    pub(crate) async fn start_kafka_nodes(count: usize) -> Self {
+        Self::up(Kind::Kafka, &["--nodes", &count.to_string(), "--native"]).await
+    }
+
+    async fn up(kind: Kind, options: &[&str]) -> Self {
         let dir = std::env::temp_dir().join(unique("brokers"));
-        let mut broker = Self { kind, dir, variables: HashMap::new() };
-        let lines = broker.script(&["up", "--only", kind.name()]).await;
+        let end = down_at_end_of_input(&dir);
+        let mut broker = Self { kind, dir, variables: HashMap::new(), end };
+        let lines = broker.script(&[&["up", "--only", kind.name()], options].concat()).await;
         for line in lines.lines() {
             let assignment = line.strip_prefix("export ").and_then(|line| line.split_once('='));
             let (name, value) = assignment.unwrap_or_else(|| panic!("not a shell assignment: {line:?}"));
@@ -114,6 +130,31 @@ impl OwnBroker {
         self.script(&["start", self.kind.name()]).await;
     }
 
+    /// Ends one of Kafka's nodes with SIGKILL.
+    pub(crate) async fn kill_node(&self, node: usize) {
+        self.script(&["kill", "kafka", "--node", &node.to_string()]).await;
+    }
+
+    /// Starts one of Kafka's nodes again, with what it has on disk, and waits until it answers.
+    pub(crate) async fn start_node_again(&self, node: usize) {
+        self.script(&["start", "kafka", "--node", &node.to_string()]).await;
+    }
+
+    /// Waits until every copy of every partition is in sync.
+    pub(crate) async fn in_sync(&self) {
+        let admin = Arc::new(admin(&self.address()));
+        let synced = async {
+            loop {
+                let admin = Arc::clone(&admin);
+                if spawn_blocking(move || all_in_sync(&admin)).await.expect("no panic") {
+                    return;
+                }
+                tokio::time::sleep(RECONNECT).await;
+            }
+        };
+        timeout(2 * PATIENCE, synced).await.expect("all copies are in sync in time");
+    }
+
     /// Runs `rabbitmqctl`.
     pub(crate) async fn ctl(&self, arguments: &[&str]) {
         let mut words = self.variables["RABBITMQ_CTL"].split_whitespace();
@@ -127,7 +168,7 @@ impl OwnBroker {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/brokers"));
+        let mut command = Command::new(SCRIPT);
         // The shared brokers' addresses would keep the script from starting others.
         command.env_remove("KAFKA_BROKERS").env_remove("AMQP_URL").env_remove("RABBITMQ_CTL");
         command.args(arguments).arg("--dir").arg(&self.dir);
@@ -137,9 +178,19 @@ impl OwnBroker {
 
 impl Drop for OwnBroker {
     fn drop(&mut self) {
-        let ended = self.command(&["down"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        drop(self.end.stdin.take());
+        let ended = self.end.wait();
         assert!(std::thread::panicking() || ended.is_ok_and(|status| status.success()), "the broker does not end");
     }
+}
+
+/// A process that waits for the end of its input, and then ends the brokers in a folder. Its input ends with this process
+/// too, whatever ends that: nothing else has the other side of the pipe. In a group of its own, out of reach of Ctrl-C.
+fn down_at_end_of_input(dir: &Path) -> Child {
+    let mut command = Command::new("sh");
+    command.args(["-c", "cat; exec \"$@\"", "sh", SCRIPT, "down", "--dir"]).arg(dir).process_group(0);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
 
 impl Kind {
@@ -153,7 +204,7 @@ impl Kind {
 
 /// Runs a command to its end, on a thread of its own, and gives what it printed.
 async fn run(mut command: Command) -> String {
-    let run = tokio::task::spawn_blocking(move || {
+    let run = spawn_blocking(move || {
         let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{command:?} failed: {said}");
@@ -244,15 +295,26 @@ impl Inbox {
         self.0.borrow().clone()
     }
 
+    /// Looks at what has arrived by now, without a copy of it; nothing arrives meanwhile.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&Arrived) -> T) -> T {
+        look(&self.0.borrow())
+    }
+
     /// Waits until `condition` holds.
-    pub(crate) async fn wait(&self, what: &str, mut condition: impl FnMut(&Arrived) -> bool) -> Arrived {
+    pub(crate) async fn wait(&self, what: &str, condition: impl FnMut(&Arrived) -> bool) -> Arrived {
+        self.wait_within(PATIENCE, what, condition).await;
+        self.now()
+    }
+
+    /// Waits until `condition` holds, but no longer than this.
+    pub(crate) async fn wait_within(&self, time: Duration, what: &str, mut condition: impl FnMut(&Arrived) -> bool) {
         let mut arrived = self.0.subscribe();
-        match timeout(PATIENCE, arrived.wait_for(|arrived| condition(arrived))).await {
-            Ok(arrived) => arrived.expect("the sender is ours").clone(),
+        match timeout(time, arrived.wait_for(|arrived| condition(arrived))).await {
+            Ok(arrived) => drop(arrived.expect("the sender is ours")),
             Err(_elapsed) => {
                 let now = self.0.borrow();
                 panic!(
-                    "waited {PATIENCE:?} for {what}; {} have arrived, {} of them different",
+                    "waited {time:?} for {what}; {} have arrived, {} of them different",
                     now.all.len(),
                     now.ids.len()
                 )
@@ -267,15 +329,21 @@ impl Inbox {
 
     /// Waits until all these have arrived.
     pub(crate) async fn wait_for_ids(&self, what: &str, ids: impl IntoIterator<Item = String>) -> Arrived {
+        self.wait_for_ids_within(PATIENCE, what, ids).await;
+        self.now()
+    }
+
+    /// Waits until all these have arrived, but no longer than this.
+    pub(crate) async fn wait_for_ids_within(&self, time: Duration, what: &str, ids: impl IntoIterator<Item = String>) {
         let mut missing: Vec<String> = ids.into_iter().collect();
         let count = missing.len();
-        self.wait(&format!("{count} events at {what}"), |arrived| {
+        self.wait_within(time, &format!("{count} events at {what}"), |arrived| {
             while missing.last().is_some_and(|id| arrived.ids.contains_key(id)) {
                 missing.pop();
             }
             missing.is_empty()
         })
-        .await
+        .await;
     }
 }
 
@@ -333,16 +401,28 @@ fn from_http(request: &Received) -> Arrival {
 
 // ---- Kafka -----------------------------------------------------------------------------------------------------
 
-/// Makes a topic.
+fn admin(brokers: &str) -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a client")
+}
+
+/// Whether every copy of every partition is in sync, as some broker knows it; false if none answers.
+fn all_in_sync(admin: &AdminClient<DefaultClientContext>) -> bool {
+    let metadata = admin.inner().fetch_metadata(None, RECONNECT * 50);
+    metadata.is_ok_and(|metadata| {
+        let mut partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
+        partitions.all(|partition| partition.isr().len() == partition.replicas().len())
+    })
+}
+
+/// Makes a topic, with a copy at each broker (at three of them, if there are more).
 pub(crate) async fn create_topic(brokers: &str, topic: &str, settings: &[(&str, &str)]) {
-    let admin: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", brokers).create().expect("a client");
-    let mut new = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(1));
+    let copies = i32::try_from(brokers.split(',').count().min(3)).expect("at most three");
+    let mut new = NewTopic::new(topic, PARTITIONS, TopicReplication::Fixed(copies));
     for (name, value) in settings {
         new = new.set(name, value);
     }
     let options = AdminOptions::new().operation_timeout(Some(PATIENCE)).request_timeout(Some(PATIENCE));
-    let made = admin.create_topics([&new], &options).await.expect("Kafka answers");
+    let made = admin(brokers).create_topics([&new], &options).await.expect("Kafka answers");
     assert!(made.iter().all(Result::is_ok), "cannot make the topic {topic}: {made:?}");
 }
 
@@ -354,21 +434,7 @@ pub(crate) struct KafkaReader {
 
 impl KafkaReader {
     pub(crate) fn new(brokers: &str, topics: &[&str]) -> Self {
-        let consumer: StreamConsumer = ClientConfig::new()
-            .set("bootstrap.servers", brokers)
-            .set("group.id", unique("reader"))
-            .set("enable.auto.commit", "false")
-            .set("fetch.wait.max.ms", "20")
-            .set("reconnect.backoff.max.ms", "500")
-            .create()
-            .expect("a consumer");
-        let mut partitions = TopicPartitionList::new();
-        for topic in topics {
-            for partition in 0..PARTITIONS {
-                partitions.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
-            }
-        }
-        consumer.assign(&partitions).expect("an assignment");
+        let consumer = consumer(brokers, topics, PARTITIONS);
         let inbox = Inbox::new();
         let to = inbox.clone();
         let task = tokio::spawn(async move {
@@ -387,6 +453,26 @@ impl Drop for KafkaReader {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// What reads so many partitions of topics, each from its beginning: only what is committed, if it is in transactions.
+pub(crate) fn consumer(brokers: &str, topics: &[&str], partitions: i32) -> StreamConsumer {
+    let consumer: StreamConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("group.id", unique("reader"))
+        .set("enable.auto.commit", "false")
+        .set("fetch.wait.max.ms", "20")
+        .set("reconnect.backoff.max.ms", "500")
+        .create()
+        .expect("a consumer");
+    let mut assigned = TopicPartitionList::new();
+    for topic in topics {
+        for partition in 0..partitions {
+            assigned.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
+        }
+    }
+    consumer.assign(&assigned).expect("an assignment");
+    consumer
 }
 
 fn from_kafka(message: &BorrowedMessage<'_>) -> Arrival {

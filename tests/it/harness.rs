@@ -118,6 +118,11 @@ impl Setup {
 
     /// Starts the relay, and returns when it takes connections.
     pub(crate) async fn start(&self) -> Relay {
+        self.start_within(DEADLINE).await
+    }
+
+    /// Starts a relay that may take this long until it takes connections.
+    pub(crate) async fn start_within(&self, time: Duration) -> Relay {
         let mut child = self.command(&[]).spawn().unwrap();
         let stdout = Lines::read(child.stdout.take().unwrap());
         let stderr = Lines::read(child.stderr.take().unwrap());
@@ -135,7 +140,7 @@ impl Setup {
                 tokio::time::sleep(POLL).await;
             }
         };
-        [relay.address, relay.admin] = within("the relay to listen", listening).await;
+        [relay.address, relay.admin] = within_time(time, "the relay to listen", listening).await;
         relay
     }
 }
@@ -616,9 +621,14 @@ pub(crate) fn http_routes(url: &str) -> String {
 
 /// Waits for a future, but not for ever.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(DEADLINE, future).await {
+    within_time(DEADLINE, what, future).await
+}
+
+/// Waits for a future, but no longer than this.
+pub(crate) async fn within_time<T>(time: Duration, what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(time, future).await {
         Ok(output) => output,
-        Err(_) => panic!("waited {DEADLINE:?} for {what}"),
+        Err(_) => panic!("waited {time:?} for {what}"),
     }
 }
 

@@ -1,11 +1,15 @@
 //! The real program, from outside: real sockets, real files, real signals, real brokers. `harness` runs it, `brokers` and
-//! `load` are what it stands between, `outage` and `rejections` what several sinks are put to; each other file is about
-//! one subject.
+//! `load` are what it stands between (`balancer` and `fleet`, where there are several relays), `outage` and `rejections`
+//! what several sinks are put to; each other file is about one subject.
 
 #[cfg(test)]
 mod access;
 #[cfg(test)]
+mod balancer;
+#[cfg(test)]
 mod brokers;
+#[cfg(test)]
+mod cluster;
 #[cfg(test)]
 mod commands;
 #[cfg(test)]
@@ -18,6 +22,8 @@ mod diff;
 mod disk;
 #[cfg(test)]
 mod everything;
+#[cfg(test)]
+mod fleet;
 #[cfg(test)]
 mod fsck;
 #[cfg(test)]

@@ -1,40 +1,14 @@
 //! Relays behind a real balancer, which looks at their readiness once a second, restarted one after the other under load.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::process::Signal;
-use tokio::process::{Child, Command};
 
+use crate::balancer::{haproxy, unused_addresses};
 use crate::harness::{Client, DEADLINE, Receiver, Relay, Setup, event, eventually, webhook, within};
-
-/// A port that nobody uses at the moment.
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
-/// HAProxy in front of the relays. Ends with the value.
-async fn haproxy(setup: &Setup, front: SocketAddr, relays: &[(SocketAddr, SocketAddr)]) -> Child {
-    let server = |(index, (ingress, admin)): (usize, &(SocketAddr, SocketAddr))| {
-        format!(
-            "  server relay{index} {ingress} check addr {} port {} inter 1s fall 1 rise 1\n",
-            admin.ip(),
-            admin.port()
-        )
-    };
-    let servers: String = relays.iter().enumerate().map(server).collect();
-    let config = setup.file(
-        "haproxy.cfg",
-        &format!(
-            "global\n  maxconn 1000\ndefaults\n  mode http\n  timeout connect 5s\n  timeout client 30s\n  timeout server 30s\n  retries 0\nfrontend webhooks\n  bind {front}\n  default_backend relays\nbackend relays\n  balance roundrobin\n  option httpchk GET /readyz\n{servers}"
-        ),
-    );
-    let mut command = Command::new("haproxy");
-    let child = command.args(["-db", "-f"]).arg(config).kill_on_drop(true).spawn();
-    child.expect("haproxy, of Debian's package of that name")
-}
 
 /// Posts one event after the other, until told to end or one is not accepted; the ids, and what went wrong.
 async fn send(sender: u32, front: SocketAddr, going: Arc<AtomicBool>) -> (Vec<String>, Option<String>) {
@@ -54,7 +28,8 @@ async fn send(sender: u32, front: SocketAddr, going: Arc<AtomicBool>) -> (Vec<St
 #[tokio::test]
 async fn a_rolling_restart_fails_no_request() {
     let receiver = Receiver::accepting().await;
-    let addresses: Vec<_> = (0..2).map(|_| (free_address(), free_address())).collect();
+    let [front, unused @ ..] = unused_addresses::<5>();
+    let addresses: Vec<_> = unused.chunks(2).map(|pair| (pair[0], pair[1])).collect();
     let setups: Vec<_> = addresses
         .iter()
         .map(|(ingress, admin)| {
@@ -68,8 +43,7 @@ async fn a_rolling_restart_fails_no_request() {
     for setup in &setups {
         relays.push(setup.start().await);
     }
-    let front = free_address();
-    let balancer = haproxy(&setups[0], front, &addresses).await;
+    let balancer = haproxy(&setups[0], front, &addresses);
     let answers = within("the balancer to answer", async {
         loop {
             if let Some(client) = Client::try_http1(front).await
