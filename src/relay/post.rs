@@ -4,13 +4,14 @@
 //! that goes is given up: its lane ends, and only then may others have it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
@@ -23,6 +24,8 @@ use crate::ledger::shared::{Loaded, Shared};
 
 /// How long deliveries under way may take when a partition goes elsewhere.
 const GIVE_UP: Duration = Duration::from_secs(10);
+/// How long lanes may take that are to end at once, and how long leaving a group may take.
+const END: Duration = Duration::from_secs(3);
 /// How long to wait after a partition could not be taken over.
 const TAKE_OVER_PAUSE: Duration = Duration::from_secs(1);
 
@@ -37,12 +40,21 @@ pub(super) struct Post {
     group: Group,
     moves: mpsc::UnboundedReceiver<Moved>,
     ledger: Arc<Shared>,
-    /// The partitions that are ours, with their lanes where those have begun.
-    lanes: BTreeMap<i32, Option<Running>>,
-    taking_over: FuturesUnordered<BoxFuture<'static, (i32, Result<Loaded, LedgerError>)>>,
+    /// The partitions that are ours.
+    lanes: BTreeMap<i32, State>,
+    taking_over: FuturesUnordered<BoxFuture<'static, (i32, u64, Result<Loaded, LedgerError>)>>,
+    /// Tells one time that a partition comes from others.
+    arrivals: u64,
     /// What lanes that ended have left for the next of their partition.
     kept: HashMap<i32, Kept>,
     controls: Controls,
+}
+
+/// A partition that is ours.
+enum State {
+    /// What was left of it is being read, since it came for the how-manieth time.
+    TakingOver(u64),
+    Running(Running),
 }
 
 struct Running {
@@ -78,6 +90,7 @@ impl Post {
             ledger,
             lanes: BTreeMap::new(),
             taking_over: FuturesUnordered::new(),
+            arrivals: 0,
             kept: HashMap::new(),
             controls,
         })
@@ -91,7 +104,9 @@ impl Post {
                 biased;
                 () = reached(&mut phase, Phase::Finishing) => break,
                 Some(moved) = self.moves.recv() => self.moved(moved).await,
-                Some((partition, loaded)) = self.taking_over.next() => self.taken_over(partition, loaded),
+                Some((partition, arrival, loaded)) = self.taking_over.next() => {
+                    self.taken_over(partition, arrival, loaded);
+                }
             }
         }
         let how = *phase.borrow();
@@ -100,26 +115,36 @@ impl Post {
         if *bury.borrow() {
             bury_parked(&self.name, &self.ledger, &ours).await;
         }
-        let Self { group, ledger, mut moves, .. } = self;
+        let Self { name, group, ledger, mut moves, .. } = self;
         let leaving = tokio::task::spawn_blocking(move || {
             group.leave();
             Arc::into_inner(ledger).map(Shared::close);
         });
         // Whatever moves now, nothing of it is here any more.
+        let ignore = async {
+            while moves.recv().await.is_some() {}
+            std::future::pending::<()>().await;
+        };
         tokio::select! {
-            () = async { while moves.recv().await.is_some() {} } => {}
-            left = leaving => drop(left),
+            () = ignore => {}
+            left = timeout(END, leaving) => {
+                if left.is_err() {
+                    warn!(sink = name, "the group could not be left in time; others take over after a while");
+                }
+            }
         }
         ended
     }
 
     async fn moved(&mut self, moved: Moved) {
         match moved {
+            Moved::Assigned(partitions) if partitions.is_empty() => {}
             Moved::Assigned(partitions) => {
                 info!(sink = self.name, ?partitions, "partitions have come");
                 for partition in partitions {
-                    self.lanes.insert(partition, None);
-                    self.take_over(partition, Duration::ZERO);
+                    self.arrivals += 1;
+                    self.lanes.insert(partition, State::TakingOver(self.arrivals));
+                    self.take_over(partition, self.arrivals, Duration::ZERO);
                 }
             }
             Moved::Revoked { partitions, lost, done } => {
@@ -127,34 +152,34 @@ impl Post {
                 let how = if lost { Phase::Ending } else { Phase::Finishing };
                 // Nobody changes this one: it has its own time.
                 let (_told, mut phase) = watch::channel(how);
-                drop(timeout(GIVE_UP * 2, self.end_lanes(&partitions, how, &mut phase)).await);
+                self.end_lanes(&partitions, how, &mut phase).await;
                 // Who waits for it stays until it is done.
                 done.send(()).unwrap_or(());
             }
         }
     }
 
-    fn take_over(&self, partition: i32, after: Duration) {
+    fn take_over(&self, partition: i32, arrival: u64, after: Duration) {
         let ledger = Arc::clone(&self.ledger);
         self.taking_over.push(Box::pin(async move {
             sleep(after).await;
-            (partition, ledger.take_over(partition).await)
+            (partition, arrival, ledger.take_over(partition).await)
         }));
     }
 
-    fn taken_over(&mut self, partition: i32, loaded: Result<Loaded, LedgerError>) {
-        // It may have gone meanwhile, and even come back.
-        if !matches!(self.lanes.get(&partition), Some(None)) {
+    fn taken_over(&mut self, partition: i32, arrival: u64, loaded: Result<Loaded, LedgerError>) {
+        // It may have gone meanwhile, and even come back: then another has had it.
+        if !matches!(self.lanes.get(&partition), Some(State::TakingOver(awaited)) if *awaited == arrival) {
             return;
         }
         match loaded.and_then(|loaded| self.start(partition, loaded)) {
             Ok(running) => {
-                self.lanes.insert(partition, Some(running));
+                self.lanes.insert(partition, State::Running(running));
                 self.publish();
             }
             Err(error) => {
                 warn!(sink = self.name, partition, %error, "a partition can't be taken over yet; trying again");
-                self.take_over(partition, TAKE_OVER_PAUSE);
+                self.take_over(partition, arrival, TAKE_OVER_PAUSE);
             }
         }
     }
@@ -186,27 +211,34 @@ impl Post {
     /// Ends the lanes of these partitions: those that finish have [`GIVE_UP`], and the caller may change its mind.
     async fn end_lanes(&mut self, partitions: &[i32], how: Phase, phase: &mut watch::Receiver<Phase>) -> Remains {
         let mut remains = Remains { lag_events: 0, parked: 0, kept: None };
-        let ending = partitions.iter().filter_map(|partition| Some((*partition, self.lanes.remove(partition)??)));
+        let ending = partitions.iter().filter_map(|partition| match self.lanes.remove(partition)? {
+            State::Running(running) => Some((*partition, running)),
+            State::TakingOver(_) => None,
+        });
         let ending: Vec<_> = ending.collect();
         let (phases, tasks): (Vec<_>, Vec<_>) =
             ending.into_iter().map(|(partition, running)| (running.phase, (partition, running.task))).unzip();
-        for phase in &phases {
-            phase.send_replace(how);
-        }
-        let ended = join_all(tasks.into_iter().map(async |(partition, task)| (partition, task.await)));
-        tokio::pin!(ended);
-        let ended = tokio::select! {
-            ended = &mut ended => ended,
-            () = async {
-                tokio::select! {
-                    () = sleep(GIVE_UP) => {}
-                    () = reached(phase, Phase::Ending) => {}
+        let tell = |how| phases.iter().for_each(|phase| drop::<Phase>(phase.send_replace(how)));
+        let aborts: Vec<_> = tasks.iter().map(|(_, task)| task.abort_handle()).collect();
+        let mut ended = pin!(join_all(tasks.into_iter().map(async |(partition, task)| (partition, task.await))));
+        tell(how);
+        let finished = tokio::select! {
+            ended = &mut ended => Some(ended),
+            () = sleep(GIVE_UP) => None,
+            () = reached(phase, Phase::Ending), if how != Phase::Ending => None,
+        };
+        let ended = match finished {
+            Some(ended) => ended,
+            None => {
+                tell(Phase::Ending);
+                match timeout(END, &mut ended).await {
+                    Ok(ended) => ended,
+                    Err(_) => {
+                        // They wait for Kafka, and what they would write is refused or repeated.
+                        aborts.iter().for_each(AbortHandle::abort);
+                        ended.await
+                    }
                 }
-            } => {
-                for phase in &phases {
-                    phase.send_replace(Phase::Ending);
-                }
-                ended.await
             }
         };
         for (partition, ended) in ended {
@@ -217,6 +249,7 @@ impl Post {
                     remains.parked += left.parked;
                     self.kept.extend(left.kept.map(|kept| (partition, kept)));
                 }
+                Err(error) if error.is_cancelled() => {}
                 Err(error) => error!(sink = self.name, partition, %error, "a lane ended unexpectedly"),
             }
         }
@@ -225,7 +258,11 @@ impl Post {
     }
 
     fn publish(&self) {
-        self.controls.set(self.lanes.values().flatten().map(|running| running.control.clone()).collect());
+        let running = self.lanes.values().filter_map(|state| match state {
+            State::Running(running) => Some(running.control.clone()),
+            State::TakingOver(_) => None,
+        });
+        self.controls.set(running.collect());
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, ConsumerGroupMetadata, Rebalance};
@@ -22,6 +22,8 @@ use crate::kafka::Log;
 
 /// How long one call may wait for something to happen.
 const POLL: Duration = Duration::from_millis(100);
+/// How long giving up what is left may take.
+const LEAVE: Duration = Duration::from_secs(2);
 /// How long the coordinator may take to say what was committed.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -90,7 +92,8 @@ impl Group {
                 readers.serve();
             }
             member.unsubscribe();
-            while member.assignment().is_ok_and(|assigned| assigned.count() > 0) {
+            let deadline = Instant::now() + LEAVE;
+            while member.assignment().is_ok_and(|assigned| assigned.count() > 0) && Instant::now() < deadline {
                 drop(member.poll(POLL));
             }
         };

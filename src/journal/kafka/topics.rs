@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, ConfigEntry, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::error::RDKafkaErrorCode as Code;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::metadata::MetadataTopic;
 use tokio::time::{Instant, sleep};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Config, OpenError};
 use crate::kafka::Log;
@@ -16,6 +16,8 @@ use crate::kafka::Log;
 /// How long brokers may take to answer, and topics to appear.
 const TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(200);
+/// How long to wait before brokers are asked again that did not answer.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// What was found.
 pub(super) struct Topics {
@@ -32,17 +34,35 @@ struct Wanted {
     cleanup: &'static str,
 }
 
-/// Makes what topics there are not, and checks all.
+/// Makes what topics there are not, and checks all. Brokers that do not answer are given some time: they may be starting
+/// too.
 pub(super) async fn prepare(config: &Config) -> Result<Topics, OpenError> {
     let admin: AdminClient<Log> = AdminClient::from_config_and_context(&config.client(), Log::default())?;
-    let wanted = wanted(config);
-    let known = metadata(&admin, config).await?;
-    for topic in wanted.iter().filter(|topic| !known.contains_key(&topic.name)) {
-        create(&admin, config, topic).await?;
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        match attempt(&admin, config).await {
+            Err(OpenError::Unreachable { source, .. }) if Instant::now() < deadline => {
+                warn!(error = %source, "the brokers are not ready; trying again");
+                sleep(PAUSE).await;
+            }
+            result => return result,
+        }
     }
-    let found = await_topics(&admin, config, &wanted).await?;
+}
+
+async fn attempt(admin: &AdminClient<Log>, config: &Config) -> Result<Topics, OpenError> {
+    let wanted = wanted(config);
+    let known = metadata(admin, config).await?;
+    for topic in wanted.iter().filter(|topic| !known.contains_key(&topic.name)) {
+        create(admin, config, topic).await?;
+    }
+    let found = await_topics(admin, config, &wanted).await?;
     let names: Vec<_> = wanted.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
     let described = admin.describe_configs(&names, &options()).await.map_err(|source| unreachable(config, source))?;
+    // A broker that has just heard of a topic knows no settings of it.
+    if described.iter().flatten().any(|described| described.entries.is_empty()) {
+        return Err(unreachable(config, KafkaError::AdminOp(Code::UnknownTopicOrPartition)));
+    }
     for (topic, described) in wanted.iter().zip(described) {
         let described = described.map_err(|code| wrong(topic, format!("its settings can't be read: {code}")))?;
         check_settings(config, topic, &described.entry_map())?;
@@ -115,7 +135,7 @@ struct Found {
 async fn metadata(admin: &AdminClient<Log>, config: &Config) -> Result<HashMap<String, Found>, OpenError> {
     let client = admin.inner();
     // Blocks, at most for the time of a start.
-    let metadata = tokio::task::block_in_place(|| client.fetch_metadata(None, TIMEOUT));
+    let metadata = tokio::task::block_in_place(|| client.fetch_metadata(None, TIMEOUT / 3));
     let metadata = metadata.map_err(|source| unreachable(config, source))?;
     let usable = |topic: &&MetadataTopic| topic.error().is_none() && !topic.partitions().is_empty();
     let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
@@ -191,10 +211,10 @@ fn wrong(topic: &Wanted, reason: String) -> OpenError {
     OpenError::Topic { topic: topic.name.clone(), reason }
 }
 
-fn unreachable(config: &Config, source: rdkafka::error::KafkaError) -> OpenError {
+fn unreachable(config: &Config, source: KafkaError) -> OpenError {
     OpenError::Unreachable { brokers: config.brokers.join(", "), source }
 }
 
 fn options() -> AdminOptions {
-    AdminOptions::new().request_timeout(Some(TIMEOUT)).operation_timeout(Some(TIMEOUT))
+    AdminOptions::new().request_timeout(Some(TIMEOUT / 3)).operation_timeout(Some(TIMEOUT / 3))
 }

@@ -11,7 +11,7 @@ use rdkafka::message::Message as _;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{Offset, TopicPartitionList};
 use rusqlite::{Connection, OptionalExtension as _, params};
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use super::super::{DeadLetter, LedgerError, Letters as Reader, Millis, schema};
 use super::records::{Died, id_of, place_of, read_dead};
@@ -131,7 +131,8 @@ fn note(connection: &Connection, found: Vec<KafkaResult<(i64, Option<Died>)>>) -
             }
             Ok((_, Some(Died { sink, position, letter: None }))) => remove(connection, &sink, position)?,
             Ok((id, None)) => warn!(id, "a record among the dead letters is none"),
-            Err(error) => warn!(%error, "dead letters can't be read"),
+            // It reconnects by itself.
+            Err(error) => debug!(%error, "dead letters can't be read"),
         }
     }
     connection.execute_batch("COMMIT")
