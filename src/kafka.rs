@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 pub use producer::{Producer, Record, SendError, Sent};
 
 /// librdkafka properties that nobody may set, and why.
-const RESERVED_OPTIONS: [(&str, &str); 12] = [
+pub const RESERVED_OPTIONS: [(&str, &str); 12] = [
     ("acks", "every event has to be acknowledged by all in-sync replicas"),
     ("request.required.acks", "every event has to be acknowledged by all in-sync replicas"),
     ("enable.idempotence", "the producer is always idempotent, so that resending makes no duplicates"),

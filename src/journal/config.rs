@@ -58,12 +58,16 @@ pub enum Kind {
 /// A value in `options`. A name with dots that is not quoted is a table in a table.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(untagged)]
-#[expect(missing_docs, reason = "named like the types")]
 pub enum Property {
+    /// `true` or `false`.
     Boolean(bool),
+    /// A whole number.
     Integer(i64),
+    /// Another number.
     Float(f64),
+    /// Text.
     String(String),
+    /// More of them.
     Table(BTreeMap<String, Self>),
 }
 

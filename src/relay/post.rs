@@ -38,17 +38,20 @@ pub(super) struct Post {
     partitions: usize,
     readers: Arc<Readers>,
     group: Group,
-    moves: mpsc::UnboundedReceiver<Moved>,
+    moves: mpsc::Receiver<Moved>,
     ledger: Arc<Shared>,
     /// The partitions that are ours.
     lanes: BTreeMap<i32, State>,
-    taking_over: FuturesUnordered<BoxFuture<'static, (i32, u64, Result<Loaded, LedgerError>)>>,
+    taking_over: FuturesUnordered<BoxFuture<'static, TakenOver>>,
     /// Tells one time that a partition comes from others.
     arrivals: u64,
     /// What lanes that ended have left for the next of their partition.
     kept: HashMap<i32, Kept>,
     controls: Controls,
 }
+
+/// A partition, the arrival that it was taken over for, and what came of it.
+type TakenOver = (i32, u64, Result<Loaded, LedgerError>);
 
 /// A partition that is ours.
 enum State {
@@ -118,7 +121,9 @@ impl Post {
         let Self { name, group, ledger, mut moves, .. } = self;
         let leaving = tokio::task::spawn_blocking(move || {
             group.leave();
-            Arc::into_inner(ledger).map(Shared::close);
+            if let Some(ledger) = Arc::into_inner(ledger) {
+                ledger.close();
+            }
         });
         // Whatever moves now, nothing of it is here any more.
         let ignore = async {
@@ -218,7 +223,11 @@ impl Post {
         let ending: Vec<_> = ending.collect();
         let (phases, tasks): (Vec<_>, Vec<_>) =
             ending.into_iter().map(|(partition, running)| (running.phase, (partition, running.task))).unzip();
-        let tell = |how| phases.iter().for_each(|phase| drop::<Phase>(phase.send_replace(how)));
+        let tell = |how| {
+            for phase in &phases {
+                phase.send_replace(how);
+            }
+        };
         let aborts: Vec<_> = tasks.iter().map(|(_, task)| task.abort_handle()).collect();
         let mut ended = pin!(join_all(tasks.into_iter().map(async |(partition, task)| (partition, task.await))));
         tell(how);

@@ -48,7 +48,7 @@ pub(super) enum Carriers {
 
 /// Something has ended.
 pub(super) enum Ended {
-    Lane(lanes::Ended),
+    Lane(Box<lanes::Ended>),
     Post(String),
 }
 
@@ -156,7 +156,7 @@ impl Carriers {
     /// Waits until something has ended. Nothing is lost if the future is dropped.
     pub(super) async fn ended(&mut self) -> Ended {
         match self {
-            Self::Disk(lanes) => Ended::Lane(lanes.ended().await),
+            Self::Disk(lanes) => Ended::Lane(Box::new(lanes.ended().await)),
             Self::Kafka(cluster) => Ended::Post(cluster.ended().await),
         }
     }
@@ -168,7 +168,7 @@ impl Carriers {
     /// It was not expected to end.
     pub(super) async fn go_on(&mut self, ended: Ended) -> Result<(), RunError> {
         match (self, ended) {
-            (Self::Disk(lanes), Ended::Lane(ended)) => lanes.go_on(ended).await,
+            (Self::Disk(lanes), Ended::Lane(ended)) => lanes.go_on(*ended).await,
             (Self::Kafka(_), Ended::Post(name)) => Err(RunError::Lane(name)),
             (Self::Disk(_), Ended::Post(_)) | (Self::Kafka(_), Ended::Lane(_)) => Ok(()),
         }

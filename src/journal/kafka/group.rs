@@ -20,6 +20,8 @@ use super::{Config, Readers};
 use crate::journal::Position;
 use crate::kafka::Log;
 
+/// How many moves may wait to be told.
+const MOVES: usize = 16;
 /// How long one call may wait for something to happen.
 const POLL: Duration = Duration::from_millis(100);
 /// How long giving up what is left may take.
@@ -60,7 +62,7 @@ pub struct Member {
 
 struct Membership {
     log: Log,
-    moved: mpsc::UnboundedSender<Moved>,
+    moved: mpsc::Sender<Moved>,
 }
 
 impl Group {
@@ -69,12 +71,8 @@ impl Group {
     /// # Errors
     ///
     /// librdkafka refuses it.
-    pub fn join(
-        config: &Config,
-        sink: &str,
-        readers: Arc<Readers>,
-    ) -> KafkaResult<(Self, mpsc::UnboundedReceiver<Moved>)> {
-        let (moved, moves) = mpsc::unbounded_channel();
+    pub fn join(config: &Config, sink: &str, readers: Arc<Readers>) -> KafkaResult<(Self, mpsc::Receiver<Moved>)> {
+        let (moved, moves) = mpsc::channel(MOVES);
         let mut client = config.consumer(&config.group(sink));
         client.set("partition.assignment.strategy", "cooperative-sticky");
         let context = Membership { log: Log::of_sink(sink), moved };
@@ -168,7 +166,7 @@ impl ConsumerContext for Membership {
         let lost = consumer.assignment_lost();
         let moved = Moved::Revoked { partitions: partitions(list), lost, done };
         // Ends when they are given up, or when nobody listens any more.
-        if self.moved.send(moved).is_ok() {
+        if self.moved.blocking_send(moved).is_ok() {
             given_up.recv().unwrap_or(());
         }
     }
@@ -180,7 +178,7 @@ impl ConsumerContext for Membership {
                     warn!(%error, "partitions are read twice");
                 }
                 // Nobody may be there any more.
-                drop(self.moved.send(Moved::Assigned(partitions(list))));
+                drop(self.moved.blocking_send(Moved::Assigned(partitions(list))));
             }
             Rebalance::Revoke(_) => {}
             Rebalance::Error(error) => warn!(%error, "partitions can't be shared out"),
