@@ -20,6 +20,8 @@ pub mod shared;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -86,6 +88,9 @@ enum Written {
 
 /// Makes durable elsewhere what a transaction has written, before it is committed here.
 trait Commit: Send {
+    /// Notes by what right it is written, before anything is.
+    fn begin(&mut self);
+
     fn commit(&mut self, written: &[Written]) -> Result<(), String>;
 }
 
@@ -134,7 +139,7 @@ impl Ledger {
 
     /// A lane's own way in.
     pub fn account(&self, lane: &str) -> Account {
-        Account::new(self.clone(), lane, None)
+        Account::of_one(self.clone(), lane)
     }
 
     fn start(
@@ -160,6 +165,21 @@ impl Ledger {
     ) -> Result<(), LedgerError> {
         let lane = lane.to_owned();
         self.run(move |books| changes::settle(books, &lane, progress.as_ref(), &changes, now())).await
+    }
+
+    /// The same for a lane that may have gone elsewhere by the time that it is its turn: then nothing is written.
+    async fn settle_held(
+        &self,
+        lane: Arc<str>,
+        held: Arc<AtomicBool>,
+        progress: Progress,
+        changes: Vec<Change>,
+    ) -> Result<(), LedgerError> {
+        let settle = move |books: &mut Books<'_>| match held.load(Ordering::Acquire) {
+            true => changes::settle(books, &lane, Some(&progress), &changes, now()),
+            false => Ok(()),
+        };
+        self.run(settle).await
     }
 
     /// How far a lane has come, if it is known.
@@ -293,6 +313,9 @@ fn transact(
         return Ok(());
     }
     let failed = |error: rusqlite::Error| error.to_string();
+    if let Some(commit) = commit {
+        commit.begin();
+    }
     let transaction = connection.transaction().map_err(failed)?;
     let mut books = Books { transaction, written: commit.is_some().then(Vec::new) };
     requests.iter_mut().try_for_each(|request| request.run(&mut books)).map_err(failed)?;

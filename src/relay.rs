@@ -123,7 +123,7 @@ impl Relay {
         let traces = config.telemetry.traces()?;
         let metrics = Metrics::new()?;
         let opened = Opened::open(config, rules, &metrics, traces.as_ref()).await?;
-        let Opened { storage, carriers, journal, letters } = opened;
+        let Opened { storage, carriers, journal, letters, cluster } = opened;
         let (access, generated) = Access::new(&config.ingress, &config.data_dir)?;
         if let Some(path) = generated {
             info!(file = %path.display(), "no token is configured; senders need the one in this file");
@@ -141,6 +141,7 @@ impl Relay {
             unready: unready(&journal, shutdown.clone()),
             journal,
             letters,
+            cluster,
             ingress: metrics.ingress,
             comparing: Arc::default(),
             reload,

@@ -17,6 +17,10 @@ use tokio::time::sleep;
 
 use crate::config::{Config, ConfigError, DEFAULT_FILE};
 use crate::document::{Environment, Lookup, Problem};
+use crate::event::Field;
+use crate::journal;
+use crate::journal::kafka::KeyBy;
+use crate::lane::{OrderBy, StartAt};
 use crate::rules::{Rules, RulesError};
 
 /// How often files are looked at.
@@ -96,7 +100,36 @@ impl Sources {
         warnings.extend(config.check_certificates()?);
         recorder.note(&config.routes);
         let (rules, problems) = Rules::load(&config.routes, recorder)?;
+        warnings.extend(disagreements(&config, &rules));
         Ok(Loaded { config, rules, warnings, problems })
+    }
+}
+
+/// What settings and rules say that does not go together; each a warning.
+pub fn disagreements(config: &Config, rules: &Rules) -> Vec<String> {
+    if config.journal.kind != journal::Kind::Kafka {
+        return Vec::new();
+    }
+    let key = config.journal.kafka().key;
+    let unordered = rules.sinks.iter().filter(|sink| !keeps_order(key, sink.lane.order_by));
+    let unordered = unordered.map(|sink| {
+        let (name, key) = (&sink.name, key.as_str());
+        format!("sinks.{name}: its `order_by` is not kept across partitions: journal.key is {key:?}, by which events are spread over them")
+    });
+    let early = rules.sinks.iter().filter(|sink| sink.lane.start == StartAt::Earliest).map(|sink| {
+        let name = &sink.name;
+        format!("sinks.{name}: `start` has no meaning with journal.kind = \"kafka\": a sink gets what is accepted after the rules name it; `engage-relay replay` sends it what was before")
+    });
+    unordered.chain(early).collect()
+}
+
+/// Whether events that have to stay in order are in one partition. A message has one recipient and one sender.
+fn keeps_order(key: KeyBy, order_by: OrderBy) -> bool {
+    match order_by {
+        OrderBy::None | OrderBy::Field(Field::MessageId) => true,
+        OrderBy::Field(Field::RecipientId) => key == KeyBy::RecipientId,
+        OrderBy::Field(Field::SenderId) => key == KeyBy::SenderId,
+        OrderBy::Field(_) => false,
     }
 }
 

@@ -69,6 +69,9 @@ pub(super) async fn compare(
     if last.is_some_and(|last| last < 1) {
         return Err(Problem::bad_request("`last` must be at least 1"));
     }
+    if last.is_some() && operated.cluster.is_some() {
+        return Err(Problem::bad_request("`last` has no meaning with a journal of several partitions; use `since`"));
+    }
     let turn = Arc::clone(&operated.comparing).lock_owned().await;
     let (events, before) =
         (Events { journal: operated.journal.clone(), last, period: Period { since, until } }, operated.table());

@@ -2,6 +2,7 @@
 
 #![expect(unused_qualifications, reason = "in what the macros write")]
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::extract::State;
@@ -11,6 +12,8 @@ use tokio::time::{Instant, sleep};
 use utoipa::{IntoParams, ToSchema};
 
 use super::problem::{Failed, Json, Problem, Query};
+use super::replicas::Cluster;
+use super::sinks::{SinkStatus, sinks};
 use super::{Operated, Shared};
 use crate::journal::Position;
 
@@ -19,6 +22,8 @@ const WAIT: f64 = 30.0;
 const MAX_WAIT: f64 = 60.0;
 /// How often lanes are asked.
 const POLL: Duration = Duration::from_millis(100);
+/// How long it has to seem so where other replicas are asked: what they say is some seconds old.
+const FRESH: Duration = Duration::from_secs(5);
 
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -46,7 +51,8 @@ pub(super) struct Drained {
 #[derive(Serialize, ToSchema)]
 struct Left {
     name: String,
-    /// Events before `up_to` after the cursor; not all of them are this sink's.
+    /// Events before `up_to` after the cursor; not all of them are this sink's. Where relays share a journal, on all of
+    /// them, whatever `up_to` is; 1 if nobody has some of its partitions at the moment.
     lag_events: u64,
     /// Deliveries that wait for their next attempt.
     parked: usize,
@@ -55,7 +61,7 @@ struct Left {
 }
 
 /// Waits until everything that was accepted before the request is delivered or a dead letter. The relay goes on as
-/// before: take it out of the balancer first. Where one request is not long enough, repeat it with `up_to` of the answer.
+/// before: take it out of the balancer first. Relays that share a journal drain together: let nothing come in. Where one request is not long enough, repeat it with `up_to` of the answer.
 #[utoipa::path(
     post,
     path = "/api/v1/drain",
@@ -76,17 +82,39 @@ pub(super) async fn drain(
     let end = operated.journal.end();
     let up_to = drain.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));
     let deadline = Instant::now() + Duration::from_secs_f64(wait);
+    let mut seems_drained = None;
     loop {
         let sinks = left(&operated, up_to).await?;
-        let drained = sinks.iter().all(|sink| sink.lag_events == 0 && sink.parked == 0);
-        if drained || Instant::now() >= deadline {
+        let now = Instant::now();
+        let since = match sinks.iter().all(|sink| sink.lag_events == 0 && sink.parked == 0) {
+            true => Some(*seems_drained.get_or_insert(now)),
+            false => None,
+        };
+        seems_drained = since;
+        let drained = since.is_some_and(|since| operated.cluster.is_none() || now - since >= FRESH);
+        if drained || now >= deadline {
             return Ok(Json(Drained { drained, up_to: up_to.to_stored(), sinks }));
         }
         sleep(POLL).await;
     }
 }
 
+/// What a sink has left on all replicas. What nobody has at the moment, nobody has delivered.
+fn left_of(sink: &SinkStatus, operated: &Operated, cluster: &Cluster) -> Left {
+    let unknown = !cluster.has_all(sink, operated.journal.partitions());
+    Left {
+        name: sink.name().to_owned(),
+        lag_events: sink.lag_events().max(u64::from(unknown)),
+        parked: sink.parked(),
+        paused: sink.is_paused(),
+    }
+}
+
 async fn left(operated: &Operated, up_to: Position) -> Result<Vec<Left>, Problem> {
+    if let Some(cluster) = &operated.cluster {
+        let sinks = sinks(operated, &HashMap::new()).await?;
+        return Ok(sinks.into_iter().map(|sink| left_of(&sink, operated, cluster)).collect());
+    }
     let live = operated.live.load_full();
     let sinks = live.lanes.iter().map(|(name, control)| async move {
         let status = control.status().await?;

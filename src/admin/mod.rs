@@ -21,6 +21,7 @@ mod metrics;
 mod problem;
 mod reload;
 mod replay;
+mod replicas;
 mod routes;
 mod server;
 mod sinks;
@@ -58,6 +59,7 @@ use problem::Problem;
 
 pub use guard::{Access, AccessError, Gate};
 pub use reload::{Outcome, Reload, ReloadRequest};
+pub use replicas::Cluster;
 pub use store::Letters;
 pub use stream::Streams;
 
@@ -143,6 +145,8 @@ pub struct Operated {
     pub registry: Registry,
     /// When the certificates of the listeners expire.
     pub certificates: Box<dyn Fn() -> Vec<(&'static str, SystemTime)> + Send + Sync>,
+    /// The relays that it shares its journal with, if it does.
+    pub cluster: Option<Cluster>,
     /// Who is told what it is doing.
     pub streams: Streams,
     /// When the relay started.
@@ -156,6 +160,15 @@ impl Operated {
         let live = self.live.load();
         let lane = live.lanes.iter().find(|(lane, _)| lane == name).map(|(_, control)| control.clone());
         lane.ok_or_else(|| Problem::not_found(format!("no sink is called {name:?}; see /api/v1/sinks")))
+    }
+
+    /// Pauses a sink, or lets it go on; where others share the journal, with them.
+    async fn pause(&self, name: &str, pause: bool) -> Result<(), Problem> {
+        let lane = self.lane(name)?;
+        if let Some(cluster) = &self.cluster {
+            cluster.pause(name, pause).await?;
+        }
+        Ok(lane.pause(pause).await?)
     }
 
     /// The routes that the relay runs by at present.
@@ -239,6 +252,12 @@ fn router(operated: Shared, gate: Gate) -> Router {
 pub async fn serve(gate: Gate, listener: std::net::TcpListener, operated: Operated) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    server::serve(listener, router(Arc::new(operated), gate.clone()), gate).await;
+    let operated = Arc::new(operated);
+    let part = replicas::take_part(Arc::clone(&operated));
+    let serve = server::serve(listener, router(operated, gate.clone()), gate);
+    tokio::select! {
+        () = serve => {}
+        () = async { part.await; std::future::pending().await } => {}
+    }
     Ok(())
 }

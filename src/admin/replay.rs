@@ -115,7 +115,7 @@ impl Search {
     /// Reads until there are enough. Blocks.
     fn run(&self, operated: &Operated, start: Start) -> Result<Found, ReadError> {
         let mut reader = operated.journal.reader(start)?;
-        let (begin, mut scratch, mut events) = (reader.position(), Scratch::default(), Vec::new());
+        let (mut scanned, mut scratch, mut events) = (0, Scratch::default(), Vec::new());
         let mut left = MAX_READ;
         while left > 0 && events.len() < self.limit && reader.position() < self.up_to {
             left = left.saturating_sub(READ);
@@ -123,6 +123,7 @@ impl Search {
                 if position >= self.up_to {
                     return false;
                 }
+                scanned += 1;
                 // What can't be read is a dead letter already.
                 if let Ok(event) = Event::decode(entry.record)
                     && self.wants(&event, &mut scratch)
@@ -132,8 +133,7 @@ impl Search {
                 events.len() < self.limit
             })?;
         }
-        let next = reader.position();
-        Ok(Found { events, scanned: next.since(begin), next })
+        Ok(Found { events, scanned, next: reader.position() })
     }
 
     fn wants(&self, event: &Event, scratch: &mut Scratch) -> bool {

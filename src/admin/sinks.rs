@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 use axum::extract::State;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::problem::{Failed, Json, Path, Problem};
 use super::reload::Reloaded;
+use super::replicas::{Cluster, Replica};
 use super::{Live, Operated, Shared, time};
 use crate::event::rfc3339;
 use crate::journal::Health;
@@ -32,6 +33,9 @@ pub(super) struct Status {
     journal: JournalStatus,
     rules: RulesStatus,
     sinks: Vec<SinkStatus>,
+    /// The relays that share the journal, this one among them; null where it is not shared. Figures of others are a few
+    /// seconds old.
+    replicas: Option<Vec<Replica>>,
     /// How many dead letters each sink has, also `unrouted` and sinks that are no longer in the rules.
     dead_letters: BTreeMap<String, u64>,
 }
@@ -50,7 +54,7 @@ struct JournalStatus {
     state: &'static str,
     /// What its files take; 0 where it is not on this disk.
     disk_bytes: u64,
-    /// The position that the next event gets.
+    /// How many events there ever were; on disk, the position that the next one gets.
     end: i64,
 }
 
@@ -64,17 +68,17 @@ struct RulesStatus {
     last_reload: Option<Reloaded>,
 }
 
-/// A sink.
-#[derive(Serialize, ToSchema)]
+/// A sink; where relays share a journal, on all of them.
+#[derive(Clone, Serialize, Deserialize, ToSchema)]
 pub(super) struct SinkStatus {
     name: String,
     /// As it stands in `routes.toml`.
     #[serde(rename = "type")]
-    kind: &'static str,
+    kind: String,
     /// No attempts are begun, because an operator said so. Lasts until `resume` or the end of the process.
     paused: bool,
     /// `closed`: deliveries are made. `open`: the sink has failed too often, and is only probed.
-    breaker: &'static str,
+    breaker: String,
     /// Events after the cursor; not all of them are this sink's.
     lag_events: u64,
     /// How old the oldest event is that was read and is neither delivered, parked nor dead.
@@ -96,7 +100,7 @@ pub(super) struct SinkStatus {
 }
 
 /// An attempt that failed.
-#[derive(Serialize, ToSchema)]
+#[derive(Clone, Serialize, Deserialize, ToSchema)]
 struct LastError {
     /// When.
     #[schema(format = "date-time")]
@@ -135,7 +139,7 @@ pub(super) async fn status(operated: &Operated) -> Result<Status, Problem> {
         Health::Failed(_) => "failed",
     };
     let disk_bytes = operated.journal.files().map_or(0, |files| files.disk_bytes());
-    let end = operated.journal.end().to_stored();
+    let end = i64::try_from(operated.journal.count()).unwrap_or(i64::MAX);
     let uptime = SystemTime::now().duration_since(operated.started).unwrap_or_default();
     Ok(Status {
         version: env!("CARGO_PKG_VERSION"),
@@ -150,6 +154,7 @@ pub(super) async fn status(operated: &Operated) -> Result<Status, Problem> {
             last_reload: live.last_reload.as_ref().map(Reloaded::from),
         },
         sinks,
+        replicas: operated.cluster.as_ref().map(Cluster::replicas),
         dead_letters: dead_letters.into_iter().collect(),
     })
 }
@@ -190,7 +195,7 @@ pub(super) async fn pause(
     State(operated): State<Shared>,
     Path(name): Path<String>,
 ) -> Result<Json<SinkStatus>, Problem> {
-    operated.lane(&name)?.pause(true).await?;
+    operated.pause(&name, true).await?;
     one(&operated, &name).await.map(Json)
 }
 
@@ -205,17 +210,32 @@ pub(super) async fn resume(
     State(operated): State<Shared>,
     Path(name): Path<String>,
 ) -> Result<Json<SinkStatus>, Problem> {
-    operated.lane(&name)?.pause(false).await?;
+    operated.pause(&name, false).await?;
     one(&operated, &name).await.map(Json)
 }
 
 async fn one(operated: &Operated, name: &str) -> Result<SinkStatus, Problem> {
     let control = operated.lane(name)?;
     let dead_letters = dead_letters(operated).await?;
-    SinkStatus::of(&operated.live.load_full(), name, &control, &dead_letters).await
+    let status = SinkStatus::of(&operated.live.load_full(), name, &control, &dead_letters).await?;
+    Ok(status.everywhere(operated))
 }
 
-async fn sinks(operated: &Operated, dead_letters: &HashMap<String, u64>) -> Result<Vec<SinkStatus>, Problem> {
+/// What all sinks are doing, on all replicas.
+pub(super) async fn sinks(
+    operated: &Operated,
+    dead_letters: &HashMap<String, u64>,
+) -> Result<Vec<SinkStatus>, Problem> {
+    let here = here(operated, dead_letters).await?;
+    Ok(here.into_iter().map(|status| status.everywhere(operated)).collect())
+}
+
+/// What all sinks are doing on this replica.
+pub(super) async fn own(operated: &Operated) -> Result<Vec<SinkStatus>, Problem> {
+    here(operated, &HashMap::new()).await
+}
+
+async fn here(operated: &Operated, dead_letters: &HashMap<String, u64>) -> Result<Vec<SinkStatus>, Problem> {
     let live = operated.live.load_full();
     let sinks = live.lanes.iter().map(|(name, control)| SinkStatus::of(&live, name, control, dead_letters));
     futures_util::future::join_all(sinks).await.into_iter().collect()
@@ -226,6 +246,43 @@ pub(super) async fn dead_letters(operated: &Operated) -> Result<HashMap<String, 
 }
 
 impl SinkStatus {
+    pub(super) fn is_of(&self, sink: &str) -> bool {
+        self.name == sink
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn lag_events(&self) -> u64 {
+        self.lag_events
+    }
+
+    pub(super) fn parked(&self) -> usize {
+        self.parked
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// With what other replicas do.
+    fn everywhere(self, operated: &Operated) -> Self {
+        let others = operated.cluster.as_ref().map(|cluster| cluster.elsewhere(&self.name)).unwrap_or_default();
+        others.into_iter().fold(self, |sum, other| Self {
+            breaker: if other.breaker == "open" { other.breaker } else { sum.breaker },
+            lag_events: sum.lag_events + other.lag_events,
+            lag_seconds: sum.lag_seconds.max(other.lag_seconds),
+            in_flight: sum.in_flight + other.in_flight,
+            parked: sum.parked + other.parked,
+            delivered: sum.delivered + other.delivered,
+            attempts_failed: sum.attempts_failed + other.attempts_failed,
+            rate: sum.rate + other.rate,
+            last_error: sum.last_error.or(other.last_error),
+            ..sum
+        })
+    }
+
     async fn of(
         live: &Live,
         name: &str,
@@ -236,9 +293,9 @@ impl SinkStatus {
         let kind = live.rules.sinks.iter().find(|sink| sink.name == name).map(|sink| sink.sink.type_name());
         Ok(Self {
             name: name.to_owned(),
-            kind: kind.unwrap_or_default(),
+            kind: kind.unwrap_or_default().to_owned(),
             paused: lane.paused,
-            breaker: if lane.breaker_open { "open" } else { "closed" },
+            breaker: if lane.breaker_open { "open" } else { "closed" }.to_owned(),
             lag_events: lane.lag_events,
             lag_seconds: lane.lag.as_secs_f64(),
             in_flight: lane.in_flight,

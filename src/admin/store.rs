@@ -7,13 +7,11 @@ use bytes::Bytes;
 
 use super::problem::Problem;
 use crate::event::Event;
-use crate::journal::{AppendError, Position, kafka};
+use crate::journal::kafka::{self, REPLAYED};
+use crate::journal::{AppendError, Position};
 use crate::lane::Controls;
 use crate::ledger::shared;
 use crate::ledger::{Ledger, LedgerError, Letters as Reader};
-
-/// The route of what an operator sends again.
-const REPLAYED: &str = "-";
 
 /// Where dead letters are. Clones share them.
 #[derive(Clone)]

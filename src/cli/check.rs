@@ -7,13 +7,29 @@ use serde_json::json;
 
 use super::{BAD_CONFIGURATION, Global, print};
 use crate::document::Severity;
+use crate::journal::{self, kafka};
+use crate::reload::disagreements;
 use crate::rules::RulesError;
 
-pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    /// Also ask the brokers of a journal on Kafka: topics that are missing are made, the others checked
+    #[arg(long)]
+    connect: bool,
+}
+
+pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (config, mut warnings) = global.settings()?;
     warnings.extend(config.check_certificates()?);
+    if arguments.connect && config.journal.kind == journal::Kind::Kafka {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        runtime.block_on(kafka::prepare(&config.journal.kafka()))?;
+    }
     let (problems, counts) = match global.rules(&config) {
-        Ok((rules, problems)) => (problems, Some((rules.table.routes().len(), rules.sinks.len()))),
+        Ok((rules, problems)) => {
+            warnings.extend(disagreements(&config, &rules));
+            (problems, Some((rules.table.routes().len(), rules.sinks.len())))
+        }
         Err(RulesError::Problems { problems }) => (problems, None),
         Err(error) => return Err(error.into()),
     };

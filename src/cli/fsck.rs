@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use super::{Global, print};
 use crate::event::Event;
-use crate::journal::Position;
 use crate::journal::disk::recovery::{Finding, Inspection, Kind};
+use crate::journal::{self, Position};
 use crate::ledger::check::{self, Report};
 use crate::relay::lock_data_dir;
 
@@ -34,7 +34,15 @@ struct Found {
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let dir = match &arguments.data_dir {
         Some(dir) => dir.clone(),
-        None => global.settings()?.0.data_dir,
+        None => {
+            let config = global.settings()?.0;
+            if config.journal.kind == journal::Kind::Kafka {
+                bail!(
+                    "journal.kind is \"kafka\": there is nothing on disk to check; what brokers have, Kafka's own tools check"
+                );
+            }
+            config.data_dir
+        }
     };
     if !dir.join("journal").is_dir() {
         bail!("{} is not the data directory of a relay: it has no journal", dir.display());

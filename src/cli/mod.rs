@@ -87,7 +87,7 @@ enum Command {
     /// Serve (the default)
     Run,
     /// Compile settings and rules, print every problem; exit status 64 if there is an error
-    Check,
+    Check(check::Arguments),
     /// Say which routes an event matches and why, and what each sink would be sent
     Explain(explain::Arguments),
     /// Say what other rules would change: which events each sink would gain and lose
@@ -123,7 +123,7 @@ pub fn main() -> ExitCode {
     let json = arguments.global.json;
     let result = match arguments.command {
         None | Some(Command::Run) => run::run(&arguments.global),
-        Some(Command::Check) => check::run(&arguments.global),
+        Some(Command::Check(check)) => check::run(&arguments.global, &check),
         Some(Command::Explain(explain)) => explain::run(&arguments.global, &explain),
         Some(Command::Diff(diff)) => diff::run(&arguments.global, &diff),
         Some(Command::Send(send)) => send::run(&arguments.global, &send),

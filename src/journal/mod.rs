@@ -202,23 +202,31 @@ impl View {
         }
     }
 
-    /// A reader of all entries, which keeps those from its position on until it releases them, or is dropped.
+    /// A reader of all entries, which keeps those from its position on until it releases them, or is dropped. May block.
     ///
     /// # Errors
     ///
-    /// [`ReadError`]: they can't be read as one.
+    /// [`ReadError`].
     pub fn reader(&self, start: Start) -> Result<Reader, ReadError> {
         match self {
             Self::Disk(view) => Ok(Reader::Disk(view.reader(start))),
-            Self::Kafka(_) => Err(ReadError::Partitions),
+            Self::Kafka(view) => Ok(Reader::Scan(Box::new(view.scan(start)?))),
+        }
+    }
+
+    /// The position after the last entry, for [`View::reader`].
+    pub fn end(&self) -> Position {
+        match self {
+            Self::Disk(view) => view.end(),
+            Self::Kafka(view) => view.end(),
         }
     }
 
     /// How many entries there have ever been.
-    pub fn end(&self) -> Position {
+    pub fn count(&self) -> u64 {
         match self {
-            Self::Disk(view) => view.end(),
-            Self::Kafka(view) => Position(view.ends().total()),
+            Self::Disk(view) => view.end().0,
+            Self::Kafka(view) => view.ends().total(),
         }
     }
 
@@ -227,6 +235,14 @@ impl View {
         match self {
             Self::Disk(view) => view.health(),
             Self::Kafka(_) => Health::Serving,
+        }
+    }
+
+    /// How many partitions it has.
+    pub fn partitions(&self) -> usize {
+        match self {
+            Self::Disk(_) => 1,
+            Self::Kafka(view) => view.ends().partitions(),
         }
     }
 
@@ -244,6 +260,7 @@ impl View {
 pub enum Reader {
     Disk(disk::Reader),
     Kafka(kafka::Reader),
+    Scan(Box<kafka::Scan>),
 }
 
 impl Reader {
@@ -252,6 +269,7 @@ impl Reader {
         match self {
             Self::Disk(reader) => reader.position(),
             Self::Kafka(reader) => reader.position(),
+            Self::Scan(scan) => scan.position(),
         }
     }
 
@@ -265,6 +283,7 @@ impl Reader {
         match self {
             Self::Disk(reader) => reader.watch_end(),
             Self::Kafka(reader) => reader.watch_end(),
+            Self::Scan(scan) => scan.watch_end(),
         }
     }
 
@@ -273,7 +292,7 @@ impl Reader {
         match self {
             Self::Disk(reader) => reader.release(position),
             // The topic's retention decides.
-            Self::Kafka(_) => {}
+            Self::Kafka(_) | Self::Scan(_) => {}
         }
     }
 
@@ -282,6 +301,8 @@ impl Reader {
         match self {
             Self::Disk(reader) => reader.readable().await,
             Self::Kafka(reader) => reader.readable().await,
+            // What there is.
+            Self::Scan(_) => {}
         }
     }
 
@@ -299,6 +320,7 @@ impl Reader {
                 reader.read(max_bytes, |position, record| visit(position, Entry { record, route: None }))?;
             }
             Self::Kafka(reader) => reader.read(max_bytes, visit)?,
+            Self::Scan(scan) => scan.read(max_bytes, visit)?,
         }
         Ok(())
     }
@@ -312,6 +334,4 @@ pub enum ReadError {
     Disk(#[from] disk::ReadError),
     #[error(transparent)]
     Kafka(#[from] kafka::ReadError),
-    #[error("a journal on Kafka has several partitions, which can't be read as one")]
-    Partitions,
 }

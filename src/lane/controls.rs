@@ -19,6 +19,8 @@ pub struct Controls(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     lanes: ArcSwap<Vec<Control>>,
+    /// Of the journal, where it has some: one for each lane.
+    partitions: ArcSwap<Vec<i32>>,
     /// Also for lanes that come later.
     paused: AtomicBool,
 }
@@ -27,13 +29,25 @@ impl Controls {
     /// A handle on one lane.
     pub fn one(control: Control) -> Self {
         let controls = Self::default();
-        controls.set(vec![control]);
+        controls.0.lanes.store(Arc::new(vec![control]));
         controls
     }
 
-    /// These are all lanes now.
-    pub fn set(&self, lanes: Vec<Control>) {
+    /// These are all lanes now, each with its partition of the journal.
+    pub fn set(&self, lanes: impl IntoIterator<Item = (i32, Control)>) {
+        let (partitions, lanes) = lanes.into_iter().unzip();
+        self.0.partitions.store(Arc::new(partitions));
         self.0.lanes.store(Arc::new(lanes));
+    }
+
+    /// Of which partitions of the journal there are lanes; none where it has none.
+    pub fn partitions(&self) -> Vec<i32> {
+        self.0.partitions.load().to_vec()
+    }
+
+    /// Lanes that come are paused, or not.
+    pub fn set_paused(&self, paused: bool) {
+        self.0.paused.store(paused, Ordering::Relaxed);
     }
 
     /// Whether lanes that come now have to be paused.
@@ -47,7 +61,7 @@ impl Controls {
     ///
     /// [`Stopped`].
     pub async fn pause(&self, pause: bool) -> Result<(), Stopped> {
-        self.0.paused.store(pause, Ordering::Relaxed);
+        self.set_paused(pause);
         let lanes = self.0.lanes.load_full();
         try_join_all(lanes.iter().map(|lane| lane.pause(pause))).await.map(drop)
     }

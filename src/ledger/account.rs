@@ -1,6 +1,7 @@
 //! A lane's own way into the ledger.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::shared::Lease;
 use super::{Change, Due, Ledger, LedgerError, Progress, Wanted};
@@ -10,13 +11,20 @@ use super::{Change, Due, Ledger, LedgerError, Progress, Wanted};
 pub struct Account {
     ledger: Ledger,
     lane: Arc<str>,
-    /// Where others may take the lane over.
+    /// Where others may take the lane over: until when it is certainly ours, and whether it still is.
     lease: Option<Lease>,
+    held: Arc<AtomicBool>,
 }
 
 impl Account {
-    pub(super) fn new(ledger: Ledger, lane: &str, lease: Option<Lease>) -> Self {
-        Self { ledger, lane: lane.into(), lease }
+    /// Of a lane that nobody else has.
+    pub(super) fn of_one(ledger: Ledger, lane: &str) -> Self {
+        Self { ledger, lane: lane.into(), lease: None, held: Arc::new(AtomicBool::new(true)) }
+    }
+
+    /// Of a lane that others may take over.
+    pub(super) fn of_many(ledger: Ledger, lane: &str, lease: Lease) -> Self {
+        Self { lease: Some(lease), ..Self::of_one(ledger, lane) }
     }
 
     /// Writes the lane's progress, together with what it passes. Durable on return.
@@ -25,7 +33,8 @@ impl Account {
     ///
     /// [`LedgerError`]: it can be tried again.
     pub async fn settle(&self, progress: Progress, changes: Vec<Change>) -> Result<(), LedgerError> {
-        self.ledger.settle(&self.lane, Some(progress), changes).await
+        let (lane, held) = (Arc::clone(&self.lane), Arc::clone(&self.held));
+        self.ledger.settle_held(lane, held, progress, changes).await
     }
 
     /// Parked deliveries that are due.
@@ -37,9 +46,14 @@ impl Account {
         self.ledger.due(&self.lane, wanted).await
     }
 
+    /// Nothing that the lane has written and is not durable by now ever will be.
+    pub fn close(&self) {
+        self.held.store(false, Ordering::Release);
+    }
+
     /// Whether the lane is certainly still this process's. If not, nothing may be begun before something was written.
     pub fn is_held(&self) -> bool {
-        self.lease.as_ref().is_none_or(Lease::is_held)
+        self.lease.as_ref().is_none_or(|lease| lease.is_held() && self.held.load(Ordering::Acquire))
     }
 
     /// Whether something has to be written soon, or the lane would no longer be held.

@@ -3,14 +3,16 @@
 //! A sink's progress is its group's offsets, with what is settled ahead of them as their metadata; what it has parked is in
 //! the partitions of `<prefix>.parked` that go with those of the journal, and its dead letters are in
 //! `<prefix>.dead-letters`. All of what is settled together moves in one transaction, which the group's coordinator refuses
-//! from a replica that no longer has the partitions. Writing something again changes nothing: everything has a key.
+//! from a replica that has left the group meanwhile. It does not look at who has which partition: that what a lane wanted to
+//! write before it went elsewhere is not written later, is seen to here. Writing something again changes nothing: everything has a key.
 //!
-//! `records` is how it looks in Kafka, `commit` writes it, `load` reads what another replica has left, `letters` what has died.
+//! `records` is how it looks in Kafka, `commit` and `transactor` write it, `load` reads what another replica has left, `letters` what has died.
 
 mod commit;
 mod letters;
 mod load;
 mod records;
+mod transactor;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -88,7 +90,7 @@ impl Shared {
         let adopt = move |books: &mut super::Books<'_>| changes::adopt(&books.transaction, &adopted, &parked);
         self.ledger.run(adopt).await?;
         let parked = self.ledger.parked_keys(&lane).await?;
-        let account = Account::new(self.ledger.clone(), &lane, Some(self.lease.clone()));
+        let account = Account::of_many(self.ledger.clone(), &lane, self.lease.clone());
         Ok(Loaded { account, progress, parked })
     }
 

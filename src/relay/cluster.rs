@@ -14,9 +14,9 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::RunError;
 use super::lanes::{Carries, Changes, Plan, close};
 use super::post::Post;
-use crate::admin::{Live, Outcome, Reload};
+use crate::admin::{self, Live, Outcome, Reload};
 use crate::event::{Event, Field};
-use crate::journal::kafka::{Address, Addressing, Journal, KeyBy};
+use crate::journal::kafka::{Address, Addressing, Board, Journal, KeyBy};
 use crate::lane::{Controls, Course, Metrics, Phase, Remains};
 use crate::routing::{Scratch, Table, UNROUTED};
 use crate::rules::Rules;
@@ -26,6 +26,7 @@ use crate::telemetry::Traces;
 /// All posts.
 pub(super) struct Cluster {
     journal: Arc<Journal>,
+    board: Board,
     rules: Rules,
     posts: BTreeMap<String, Running>,
     /// Posts that end because their sinks are gone, or have changed.
@@ -65,7 +66,9 @@ pub(super) fn addressing(table: &Arc<Table>, key: KeyBy) -> Addressing {
             .filter_map(|found| Some((sinks.get(found.sink.0)?.clone(), table.route_name(found.route).to_owned())))
             .collect();
         let groups = if groups.is_empty() { unrouted() } else { groups };
-        Address { key: event.field(key).map(str::to_owned), groups }
+        // A message's events stay together in any case.
+        let key = event.field(key).or_else(|| event.field(Field::MessageId));
+        Address { key: key.map(str::to_owned), groups }
     })
 }
 
@@ -74,6 +77,7 @@ impl Cluster {
     pub(super) fn start(
         rules: Rules,
         journal: Arc<Journal>,
+        board: Board,
         metrics: Metrics,
         traces: Option<Traces>,
     ) -> Result<Self, RunError> {
@@ -81,7 +85,8 @@ impl Cluster {
         let live = Live { rules: rules.clone(), lanes: Vec::new(), loaded_at, last_reload: None };
         let live = Arc::new(ArcSwap::from_pointee(live));
         let (posts, ending) = (BTreeMap::new(), JoinSet::new());
-        let mut cluster = Self { journal, rules, posts, ending, live, loaded_at, last_reload: None, metrics, traces };
+        let mut cluster =
+            Self { journal, board, rules, posts, ending, live, loaded_at, last_reload: None, metrics, traces };
         let mut wanted = Vec::new();
         for sink in &cluster.rules.sinks {
             wanted.push((sink.name.clone(), Carries::build(sink, cluster.traces.as_ref())?));
@@ -125,6 +130,11 @@ impl Cluster {
             let controls = self.end(&name, false);
             self.spawn(name.clone(), carries, controls)?;
             changes.changed.push(name);
+        }
+        if rules.table.keeps_unrouted() != self.rules.table.keeps_unrouted() {
+            let controls = self.end(UNROUTED, false);
+            self.rules = rules.clone();
+            self.spawn(UNROUTED.to_owned(), Carries::Unrouted, controls)?;
         }
         let is_wanted = |name: &String| name == UNROUTED || rules.table.sink(name).is_some();
         for name in self.posts.keys().filter(|name| !is_wanted(name)).cloned().collect::<Vec<_>>() {
@@ -184,6 +194,7 @@ impl Cluster {
 
     fn spawn(&mut self, name: String, carries: Carries, controls: Controls) -> Result<(), RunError> {
         let carries = Arc::new(carries);
+        controls.set_paused(admin::Cluster::is_paused(&self.board, &name));
         let course = Arc::new(Course::new(Arc::clone(&self.rules.table)));
         let (journal, metrics) = (&self.journal, self.metrics.clone());
         let post = Post::open(&name, Arc::clone(&carries), journal, course, metrics, controls.clone())?;

@@ -19,13 +19,15 @@ use super::lanes::Carries;
 use crate::journal::Reader;
 use crate::journal::kafka::{Group, Journal, Moved, Readers};
 use crate::lane::{Beginning, Control, Controls, Course, Kept, Lane, Metrics, Phase, Remains, Unrouted};
-use crate::ledger::LedgerError;
 use crate::ledger::shared::{Loaded, Shared};
+use crate::ledger::{Account, LedgerError};
 
 /// How long deliveries under way may take when a partition goes elsewhere.
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// How long lanes may take that are to end at once, and how long leaving a group may take.
 const END: Duration = Duration::from_secs(3);
+/// How long taking a partition over may take.
+const TAKE_OVER: Duration = Duration::from_secs(90);
 /// How long to wait after a partition could not be taken over.
 const TAKE_OVER_PAUSE: Duration = Duration::from_secs(1);
 
@@ -61,6 +63,7 @@ enum State {
 }
 
 struct Running {
+    account: Account,
     control: Control,
     phase: watch::Sender<Phase>,
     task: JoinHandle<Remains>,
@@ -114,7 +117,7 @@ impl Post {
         }
         let how = *phase.borrow();
         let ours: Vec<_> = self.lanes.keys().copied().collect();
-        let ended = self.end_lanes(&ours, how, &mut phase).await;
+        let ended = self.end_lanes(&ours, false, how, &mut phase).await;
         if *bury.borrow() {
             bury_parked(&self.name, &self.ledger, &ours).await;
         }
@@ -157,7 +160,7 @@ impl Post {
                 let how = if lost { Phase::Ending } else { Phase::Finishing };
                 // Nobody changes this one: it has its own time.
                 let (_told, mut phase) = watch::channel(how);
-                self.end_lanes(&partitions, how, &mut phase).await;
+                self.end_lanes(&partitions, lost, how, &mut phase).await;
                 // Who waits for it stays until it is done.
                 done.send(()).unwrap_or(());
             }
@@ -168,7 +171,8 @@ impl Post {
         let ledger = Arc::clone(&self.ledger);
         self.taking_over.push(Box::pin(async move {
             sleep(after).await;
-            (partition, arrival, ledger.take_over(partition).await)
+            let loaded = timeout(TAKE_OVER, ledger.take_over(partition)).await;
+            (partition, arrival, loaded.unwrap_or_else(|_| Err(LedgerError::Failed("Kafka takes too long".to_owned()))))
         }));
     }
 
@@ -191,6 +195,7 @@ impl Post {
 
     fn start(&mut self, partition: i32, loaded: Loaded) -> Result<Running, LedgerError> {
         let Loaded { account, progress, parked } = loaded;
+        let kept_account = account.clone();
         let reader = self.readers.reader(partition, progress.cursor);
         let reader = Reader::Kafka(reader.map_err(|error| LedgerError::Failed(error.to_string()))?);
         let beginning = Beginning { reader, ahead: progress.ahead, parked };
@@ -210,17 +215,28 @@ impl Post {
                 (control, tokio::spawn(lane.run(told)))
             }
         };
-        Ok(Running { control, phase, task })
+        Ok(Running { account: kept_account, control, phase, task })
     }
 
     /// Ends the lanes of these partitions: those that finish have [`GIVE_UP`], and the caller may change its mind.
-    async fn end_lanes(&mut self, partitions: &[i32], how: Phase, phase: &mut watch::Receiver<Phase>) -> Remains {
+    async fn end_lanes(
+        &mut self,
+        partitions: &[i32],
+        lost: bool,
+        how: Phase,
+        phase: &mut watch::Receiver<Phase>,
+    ) -> Remains {
         let mut remains = Remains { lag_events: 0, parked: 0, kept: None };
         let ending = partitions.iter().filter_map(|partition| match self.lanes.remove(partition)? {
             State::Running(running) => Some((*partition, running)),
             State::TakingOver(_) => None,
         });
         let ending: Vec<_> = ending.collect();
+        if lost {
+            // Whatever the lanes do from now on is another's business.
+            ending.iter().for_each(|(_, running)| running.account.close());
+        }
+        let accounts: Vec<_> = ending.iter().map(|(_, running)| running.account.clone()).collect();
         let (phases, tasks): (Vec<_>, Vec<_>) =
             ending.into_iter().map(|(partition, running)| (running.phase, (partition, running.task))).unzip();
         let tell = |how| {
@@ -250,6 +266,7 @@ impl Post {
                 }
             }
         };
+        accounts.iter().for_each(Account::close);
         for (partition, ended) in ended {
             self.readers.stop(partition);
             match ended {
@@ -267,11 +284,11 @@ impl Post {
     }
 
     fn publish(&self) {
-        let running = self.lanes.values().filter_map(|state| match state {
-            State::Running(running) => Some(running.control.clone()),
+        let running = self.lanes.iter().filter_map(|(partition, state)| match state {
+            State::Running(running) => Some((*partition, running.control.clone())),
             State::TakingOver(_) => None,
         });
-        self.controls.set(running.collect());
+        self.controls.set(running);
     }
 }
 

@@ -14,7 +14,7 @@ use super::RunError;
 use super::cluster::{Cluster, addressing};
 use super::lanes::{self, Changes, Lanes, Plan};
 use super::metrics::Metrics;
-use crate::admin::{Letters, Live, Reload};
+use crate::admin::{self, Letters, Live, Reload};
 use crate::config::Config;
 use crate::journal::disk::Journal;
 use crate::journal::disk::recovery::{Finding, Kind as Found};
@@ -32,6 +32,7 @@ pub(super) struct Opened {
     pub(super) carriers: Carriers,
     pub(super) journal: View,
     pub(super) letters: Letters,
+    pub(super) cluster: Option<admin::Cluster>,
 }
 
 /// What has to be closed in the end.
@@ -96,6 +97,7 @@ impl Opened {
             carriers: Carriers::Disk(Box::new(lanes)),
             journal: View::Disk(journal.view()),
             letters: Letters::Own { ledger: ledger.clone(), file },
+            cluster: None,
             storage: Storage::Disk { _lock: lock, health: journal.health(), journal, ledger, thread },
         })
     }
@@ -114,8 +116,15 @@ impl Opened {
             appender: journal.appender(),
         };
         let view = View::Kafka(journal.view());
-        let cluster = Cluster::start(rules, journal, metrics.lanes.clone(), traces.cloned())?;
-        Ok(Self { carriers: Carriers::Kafka(Box::new(cluster)), journal: view, letters, storage: Storage::Kafka })
+        let board = kafka::Board::open(&config).await?;
+        let cluster = Cluster::start(rules, journal, board.clone(), metrics.lanes.clone(), traces.cloned())?;
+        Ok(Self {
+            carriers: Carriers::Kafka(Box::new(cluster)),
+            journal: view,
+            letters,
+            cluster: Some(admin::Cluster::new(board)),
+            storage: Storage::Kafka,
+        })
     }
 }
 

@@ -10,8 +10,8 @@ use futures_util::future::{BoxFuture, try_join_all};
 use rdkafka::error::RDKafkaErrorCode as Code;
 
 use super::topics::{self, Topics};
-use super::{Addressing, Config, Ends, OpenError};
-use crate::journal::AppendError;
+use super::{Addressing, Config, Ends, OpenError, ReadError, Scan, number_of};
+use crate::journal::{AppendError, Position, Start};
 use crate::kafka::{Log, Producer, Record, SendError};
 
 /// A journal that is ready to be written to.
@@ -33,11 +33,25 @@ pub struct Appender {
 /// The journal as those see it who look at it. Clones share it.
 #[derive(Clone)]
 pub struct View {
+    config: Arc<Config>,
     appender: Appender,
     ends: Ends,
 }
 
 impl View {
+    /// A reader of all partitions. Blocks.
+    pub(in crate::journal) fn scan(&self, start: Start) -> Result<Scan, ReadError> {
+        let scan = Scan::new(&self.config, self.ends.count(), start);
+        scan.map_err(|source| ReadError { partition: 0, source })
+    }
+
+    /// The position that a scan ends at, as far as is known.
+    pub(in crate::journal) fn end(&self) -> Position {
+        let last = self.ends.count() - 1;
+        let end = self.ends.of(last).map_or(0, |end| end.borrow().to_stored());
+        number_of(last, end)
+    }
+
     pub(in crate::journal) fn appender(&self) -> Appender {
         self.appender.clone()
     }
@@ -84,7 +98,7 @@ impl Journal {
 
     /// A handle for those who look at it.
     pub fn view(&self) -> View {
-        View { appender: self.appender(), ends: self.ends.clone() }
+        View { config: Arc::new(self.config.clone()), appender: self.appender(), ends: self.ends.clone() }
     }
 
     /// Addresses entries otherwise from now on.

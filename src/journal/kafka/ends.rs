@@ -57,6 +57,10 @@ impl Ends {
         self.0.ends.len()
     }
 
+    pub(super) fn count(&self) -> i32 {
+        i32::try_from(self.partitions()).unwrap_or(i32::MAX)
+    }
+
     /// All ends together: how many entries there ever were.
     pub fn total(&self) -> u64 {
         self.0.ends.iter().map(|end| end.borrow().0).sum()

@@ -114,7 +114,7 @@ impl Group {
 }
 
 impl Member {
-    /// What says that this replica has its partitions; nothing after it has left.
+    /// What says that this replica is a member at this time; nothing after it has left.
     pub fn metadata(&self) -> Option<ConsumerGroupMetadata> {
         self.consumer.group_metadata()
     }

@@ -10,13 +10,15 @@
 //!   times can't lose it between them.
 //! - Entries are kept for `retention`, read or not.
 //!
-//! `topics` makes the topics and checks them, `append` writes, `reader` reads one partition on, `group` shares partitions
-//! out among relays. A [`Position`] is an offset in one partition.
+//! `topics` makes the topics and checks them, `append` writes, `reader` reads one partition on, `scan` all from a point, `group` shares partitions
+//! out among relays, and `board` is what those tell each other. A [`Position`] is an offset in one partition.
 
 mod append;
+mod board;
 mod ends;
 mod group;
 mod reader;
+mod scan;
 mod topics;
 
 use std::collections::BTreeMap;
@@ -29,10 +31,14 @@ use rdkafka::error::KafkaError;
 use serde::Deserialize;
 
 pub use append::{Append, Appender, Journal, View};
+pub use board::{Board, Note};
 pub use ends::Ends;
 pub use group::{Group, Member, Moved};
 pub use reader::{ReadError, Reader, Readers};
+pub use scan::Scan;
+pub use topics::prepare;
 
+use super::Position;
 use crate::kafka;
 
 /// How long a member of a group may be silent before its partitions go to others, in milliseconds.
@@ -73,6 +79,33 @@ pub enum KeyBy {
     MessageId,
     RecipientId,
     SenderId,
+}
+
+impl KeyBy {
+    /// As it is written in the settings.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::MessageId => "message_id",
+            Self::RecipientId => "recipient_id",
+            Self::SenderId => "sender_id",
+        }
+    }
+}
+
+/// The route of what an operator sends again.
+pub const REPLAYED: &str = "replay";
+/// So many bits of a number that stands for a place are the offset's.
+const OFFSET_BITS: u32 = 44;
+
+/// A number for a place in a topic, the same on every replica.
+pub fn number_of(partition: i32, offset: i64) -> Position {
+    Position::from_stored((i64::from(partition) << OFFSET_BITS) | offset)
+}
+
+/// The partition and the offset that such a number stands for.
+pub fn place_of(number: Position) -> (i32, i64) {
+    let number = number.to_stored();
+    (i32::try_from(number >> OFFSET_BITS).unwrap_or(-1), number & ((1 << OFFSET_BITS) - 1))
 }
 
 /// What an entry is sent with.

@@ -192,6 +192,6 @@ impl Reader {
 #[derive(Debug, thiserror::Error)]
 #[error("partition {partition} can't be read")]
 pub struct ReadError {
-    partition: i32,
-    source: KafkaError,
+    pub(super) partition: i32,
+    pub(super) source: KafkaError,
 }

@@ -35,3 +35,10 @@ fn limits_are_within() {
     check(|config| config.timeout = Duration::from_millis(100));
     check(|config| config.retention = Duration::from_secs(60));
 }
+
+#[test]
+fn a_number_stands_for_a_place() {
+    assert_eq!(number_of(0, 7).to_stored(), 7);
+    assert!(number_of(1, 0) > number_of(0, (1 << OFFSET_BITS) - 1));
+    assert_eq!(place_of(number_of(10_000, 5)), (10_000, 5));
+}

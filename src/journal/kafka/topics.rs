@@ -20,9 +20,9 @@ const POLL: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// What was found.
-pub(super) struct Topics {
+pub struct Topics {
     /// How many partitions the entries have.
-    pub(super) partitions: i32,
+    pub partitions: i32,
 }
 
 /// A topic as it should be.
@@ -36,7 +36,11 @@ struct Wanted {
 
 /// Makes what topics there are not, and checks all. Brokers that do not answer are given some time: they may be starting
 /// too.
-pub(super) async fn prepare(config: &Config) -> Result<Topics, OpenError> {
+///
+/// # Errors
+///
+/// [`OpenError`]: they do not answer, or what there is would weaken what is guaranteed.
+pub async fn prepare(config: &Config) -> Result<Topics, OpenError> {
     let admin: AdminClient<Log> = AdminClient::from_config_and_context(&config.client(), Log::default())?;
     let deadline = Instant::now() + TIMEOUT;
     loop {

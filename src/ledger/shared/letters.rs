@@ -14,9 +14,9 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use tracing::{debug, error, warn};
 
 use super::super::{DeadLetter, LedgerError, Letters as Reader, Millis, schema};
-use super::records::{Died, id_of, place_of, read_dead};
+use super::records::{Died, read_dead};
 use crate::journal::Position;
-use crate::journal::kafka::Config;
+use crate::journal::kafka::{Config, number_of, place_of};
 use crate::kafka::Log;
 
 /// How long to wait for what dies.
@@ -114,7 +114,9 @@ fn follow(consumer: &BaseConsumer<Log>, reader: &Mutex<Reader>) {
     let found: Vec<KafkaResult<(i64, Option<Died>)>> = std::iter::once(first)
         .chain(rest)
         .take(BATCH)
-        .map(|message| message.map(|message| (id_of(message.partition(), message.offset()), read_dead(&message))))
+        .map(|message| {
+            message.map(|message| (number_of(message.partition(), message.offset()).to_stored(), read_dead(&message)))
+        })
         .collect();
     let reader = lock(reader);
     if let Err(error) = note(reader.connection(), found) {

@@ -17,14 +17,13 @@ use serde::{Deserialize, Serialize};
 
 use super::super::{DeadLetter, Millis, Parked, Progress, Written};
 use crate::journal::Position;
+use crate::journal::kafka::number_of;
 
 /// The end of the key of a partition's mark.
 const OPENED: &str = "opened";
 /// The most bytes of settled positions: a broker's limit on an offset's metadata is 4096, and Base64 takes a third more.
 /// Deliveries further ahead than that are repeated when another replica takes over.
 const MAX_AHEAD: usize = 3000;
-/// A position in the journal and one in a topic of dead letters become one number: so many bits are the offset's.
-const OFFSET_BITS: u32 = 44;
 
 /// A record to be written.
 pub(super) struct Record {
@@ -144,7 +143,7 @@ pub(super) fn read_dead(message: &BorrowedMessage<'_>) -> Option<Died> {
     let key = std::str::from_utf8(message.key()?).ok()?;
     let (rest, offset) = key.rsplit_once('/')?;
     let (sink, partition) = rest.rsplit_once('/')?;
-    let position = Position::from_stored(id_of(partition.parse().ok()?, offset.parse().ok()?));
+    let position = number_of(partition.parse().ok()?, offset.parse().ok()?);
     let sink = sink.to_owned();
     let Some(record) = message.payload() else { return Some(Died { sink, position, letter: None }) };
     let meta: DeadMeta = read_header("dead", message)?;
@@ -162,17 +161,6 @@ pub(super) fn read_dead(message: &BorrowedMessage<'_>) -> Option<Died> {
         record: Bytes::copy_from_slice(record),
     };
     Some(Died { sink, position, letter: Some((letter, meta.died_at)) })
-}
-
-/// A number for a place in a topic, the same on every replica.
-pub(super) fn id_of(partition: i32, offset: i64) -> i64 {
-    (i64::from(partition) << OFFSET_BITS) | offset
-}
-
-/// The partition and the offset of such a number.
-pub(super) fn place_of(position: Position) -> (i32, i64) {
-    let number = position.to_stored();
-    (i32::try_from(number >> OFFSET_BITS).unwrap_or(-1), number & ((1 << OFFSET_BITS) - 1))
 }
 
 /// What is settled after the cursor.
@@ -264,12 +252,5 @@ mod tests {
         check(0, &[7, 8, 23_999], 3);
         check(0, &[7, 8, 24_000], 2);
         assert_eq!(ahead_from_text(Position::from_stored(3), "not Base64!"), []);
-    }
-
-    #[test]
-    fn numbers_are_different() {
-        assert_eq!(id_of(0, 7), 7);
-        assert!(id_of(1, 0) > id_of(0, (1 << OFFSET_BITS) - 1));
-        assert_eq!(place_of(Position::from_stored(id_of(10_000, 5))), (10_000, 5));
     }
 }

@@ -1,0 +1,167 @@
+//! What replicas tell each other: names and values in the topic `<prefix>.control`, of which each replica has a copy.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rdkafka::config::FromClientConfigAndContext;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::KafkaError;
+use rdkafka::message::{BorrowedMessage, Message as _};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::{Offset, TopicPartitionList};
+use tokio::sync::watch;
+use tracing::debug;
+
+use super::{Config, OpenError};
+use crate::kafka::Log;
+
+/// How long to wait for what is told.
+const POLL: Duration = Duration::from_millis(200);
+/// How long the brokers may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A copy of what was told, and the way to tell more. Clones share it.
+#[derive(Clone)]
+pub struct Board(Arc<Shared>);
+
+struct Shared {
+    notes: Arc<Mutex<Notes>>,
+    changed: watch::Receiver<u64>,
+    producer: FutureProducer<Log>,
+    topic: String,
+    stopped: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct Notes {
+    values: BTreeMap<String, Note>,
+    /// When the last of them was told, in milliseconds, by the clock of whoever told it.
+    latest: i64,
+}
+
+/// What was told.
+#[derive(Clone, Debug)]
+pub struct Note {
+    /// The value.
+    pub value: Vec<u8>,
+    /// How long before the latest note of all this was told.
+    pub age: Duration,
+    at: i64,
+}
+
+impl Board {
+    /// Reads what was told so far.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]: the brokers don't answer.
+    pub async fn open(config: &Config) -> Result<Self, OpenError> {
+        let topic = config.control();
+        let client = config.consumer(&config.group("control.reader"));
+        let consumer: BaseConsumer<Log> = BaseConsumer::from_config_and_context(&client, Log::default())?;
+        let mut list = TopicPartitionList::new();
+        list.add_partition_offset(&topic, 0, Offset::Beginning)?;
+        consumer.assign(&list)?;
+        let mut client = config.client();
+        client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
+        let producer = FutureProducer::from_config_and_context(&client, Log::default())?;
+        let (notes, stopped) = (Arc::<Mutex<Notes>>::default(), Arc::new(AtomicBool::new(false)));
+        let (change, changed) = watch::channel(0);
+        let (noting, stop) = (Arc::clone(&notes), Arc::clone(&stopped));
+        let follow = move || {
+            while !stop.load(Ordering::Relaxed) {
+                match consumer.poll(POLL) {
+                    Some(Ok(message)) => {
+                        lock(&noting).take(&message);
+                        change.send_modify(|changes| *changes += 1);
+                    }
+                    // It reconnects by itself.
+                    Some(Err(error)) => debug!(%error, "what replicas tell can't be read"),
+                    None => {}
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("control".to_owned()).spawn(follow);
+        thread.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        let board = Self(Arc::new(Shared { notes, changed, producer, topic, stopped }));
+        board.catch_up(config).await?;
+        Ok(board)
+    }
+
+    /// Tells a value, or that there is none any more; durable on return.
+    ///
+    /// # Errors
+    ///
+    /// The brokers don't confirm it.
+    pub async fn tell(&self, name: &str, value: Option<&[u8]>) -> Result<(), KafkaError> {
+        let mut record: FutureRecord<'_, str, [u8]> = FutureRecord::to(&self.0.topic).key(name).partition(0);
+        if let Some(value) = value {
+            record = record.payload(value);
+        }
+        self.0.producer.send(record, TIMEOUT).await.map(drop).map_err(|(error, _)| error)
+    }
+
+    /// The value of that name.
+    pub fn has(&self, name: &str) -> bool {
+        lock(&self.0.notes).values.contains_key(name)
+    }
+
+    /// All values whose names begin so, by the rest of their names.
+    pub fn under(&self, prefix: &str) -> Vec<(String, Note)> {
+        let notes = lock(&self.0.notes);
+        let under = notes.values.range(prefix.to_owned()..).take_while(|(name, _)| name.starts_with(prefix));
+        let rest = |name: &String| name.strip_prefix(prefix).unwrap_or_default().to_owned();
+        under.map(|(name, note)| (rest(name), note.clone().aged(notes.latest))).collect()
+    }
+
+    /// Says whenever something was told.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.0.changed.clone()
+    }
+
+    /// Waits until all that was told before is noted: it is, when what is told now is.
+    async fn catch_up(&self, config: &Config) -> Result<(), OpenError> {
+        let name = format!("joined/{:016x}", rand::random::<u64>());
+        let unreachable = |source| OpenError::Unreachable { brokers: config.brokers.join(", "), source };
+        self.tell(&name, Some(b"")).await.map_err(unreachable)?;
+        let mut changed = self.watch();
+        let noted = changed.wait_for(|_| self.has(&name));
+        if tokio::time::timeout(TIMEOUT * 3, noted).await.is_err() {
+            return Err(unreachable(KafkaError::NoMessageReceived));
+        }
+        self.tell(&name, None).await.map_err(unreachable)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Notes {
+    fn take(&mut self, message: &BorrowedMessage<'_>) {
+        let Some(name) = message.key().and_then(|key| std::str::from_utf8(key).ok()) else { return };
+        let at = message.timestamp().to_millis().unwrap_or(0);
+        self.latest = self.latest.max(at);
+        match message.payload() {
+            Some(value) => {
+                let note = Note { value: value.to_vec(), age: Duration::ZERO, at };
+                self.values.insert(name.to_owned(), note);
+            }
+            None => drop(self.values.remove(name)),
+        }
+    }
+}
+
+impl Note {
+    fn aged(self, latest: i64) -> Self {
+        Self { age: Duration::from_millis(u64::try_from(latest.saturating_sub(self.at)).unwrap_or(0)), ..self }
+    }
+}
+
+fn lock(notes: &Mutex<Notes>) -> MutexGuard<'_, Notes> {
+    notes.lock().unwrap_or_else(PoisonError::into_inner)
+}
