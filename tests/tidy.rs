@@ -14,7 +14,7 @@ use regex::Regex;
 
 /// Which module imports which, tests aside. A row names only modules of rows above it, so that data and imports have
 /// one direction; [`MUTUAL`] is the one exception. A new import is a decision: change this table with it.
-const IMPORTS: [(&str, &[&str]); 19] = [
+const IMPORTS: [(&str, &[&str]); 20] = [
     // What the words are made of.
     ("pointer", &[]),
     ("event", &[]),
@@ -24,21 +24,35 @@ const IMPORTS: [(&str, &[&str]); 19] = [
     // What those need who speak to the world.
     ("signature", &[]),
     ("tls", &[]),
+    ("kafka", &[]),
     // ingress → journal ┈ disk ┈ journal → lane → sink
-    ("journal", &[]),
-    ("ledger", &["journal"]),
+    ("journal", &["kafka"]),
+    ("ledger", &["journal", "kafka"]),
     ("ingress", &["event", "journal", "signature", "telemetry", "tls"]),
     ("routing", &["document", "event", "pointer"]),
-    ("sink", &["document", "event", "signature", "telemetry", "template"]),
+    ("sink", &["document", "event", "kafka", "signature", "telemetry", "template"]),
     ("lane", &["document", "event", "journal", "ledger", "routing", "sink"]),
     // Where it is all put together.
     ("rules", &["document", "event", "lane", "routing", "sink"]),
     ("admin", &["document", "event", "ingress", "journal", "lane", "ledger", "routing", "rules", "telemetry", "tls"]),
     ("config", &["admin", "document", "ingress", "journal", "telemetry", "tls"]),
-    ("reload", &["config", "document", "rules"]),
+    ("reload", &["config", "document", "event", "journal", "lane", "rules"]),
     (
         "relay",
-        &["admin", "config", "ingress", "journal", "lane", "ledger", "reload", "routing", "rules", "sink", "telemetry"],
+        &[
+            "admin",
+            "config",
+            "event",
+            "ingress",
+            "journal",
+            "lane",
+            "ledger",
+            "reload",
+            "routing",
+            "rules",
+            "sink",
+            "telemetry",
+        ],
     ),
     (
         "cli",
@@ -78,7 +92,7 @@ const SETTINGS: [(&str, &str, &str); 11] = [
     ("src/ingress/auth.rs", "Table", "ingress.auth."),
     ("src/ingress/auth.rs", "TokenConfig", "ingress.auth.tokens[]."),
     ("src/ingress/signed.rs", "SignatureConfig", "ingress.signature."),
-    ("src/journal/mod.rs", "Config", "journal."),
+    ("src/journal/config.rs", "Config", "journal."),
     ("src/telemetry.rs", "Config", "telemetry."),
 ];
 
