@@ -57,6 +57,13 @@ impl Kept {
         Self { paused: false, counts: Counts::default(), meters: Meters::new(metrics, sink), commands, sender }
     }
 
+    /// For a lane that may come later, or never: whoever waits for this one's answers has them from nobody.
+    #[must_use]
+    pub fn put_by(self) -> Self {
+        let (sender, commands) = mpsc::channel(COMMANDS);
+        Self { commands, sender, ..self }
+    }
+
     /// Begins no attempts, if so.
     pub fn pause(&mut self, pause: bool) {
         self.paused = pause;

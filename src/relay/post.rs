@@ -273,7 +273,7 @@ impl Post {
                 Ok(left) => {
                     remains.lag_events += left.lag_events;
                     remains.parked += left.parked;
-                    self.kept.extend(left.kept.map(|kept| (partition, kept)));
+                    self.kept.extend(left.kept.map(|kept| (partition, kept.put_by())));
                 }
                 Err(error) if error.is_cancelled() => {}
                 Err(error) => error!(sink = self.name, partition, %error, "a lane ended unexpectedly"),
