@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -23,7 +24,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     warnings.extend(config.check_certificates()?);
     if arguments.connect && config.journal.kind == journal::Kind::Kafka {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        runtime.block_on(kafka::prepare(&config.journal.kafka()))?;
+        runtime.block_on(kafka::prepare(&config.journal.kafka(), Duration::ZERO))?;
     }
     let (problems, counts) = match global.rules(&config) {
         Ok((rules, problems)) => {

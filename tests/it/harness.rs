@@ -252,6 +252,11 @@ impl Relay {
         format!("http://{}{PATH}", self.address)
     }
 
+    /// Writes other rules to its file.
+    pub(crate) fn change_rules(&self, rules: &str) {
+        self.setup.file("routes.toml", rules);
+    }
+
     /// The process.
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id().unwrap()).unwrap()).unwrap()

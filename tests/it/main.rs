@@ -53,6 +53,8 @@ mod rejections;
 #[cfg(test)]
 mod reload;
 #[cfg(test)]
+mod replicas;
+#[cfg(test)]
 mod rolling;
 #[cfg(test)]
 mod traces;

@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -10,9 +11,12 @@ use futures_util::future::{BoxFuture, try_join_all};
 use rdkafka::error::RDKafkaErrorCode as Code;
 
 use super::topics::{self, Topics};
-use super::{Addressing, Config, Ends, OpenError, ReadError, Scan, number_of};
+use super::{Addressing, Config, Ends, OpenError, ReadError, Scan, scan};
 use crate::journal::{AppendError, Position, Start};
 use crate::kafka::{Log, Producer, Record, SendError};
+
+/// How long brokers may take to be there.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A journal that is ready to be written to.
 pub struct Journal {
@@ -45,11 +49,9 @@ impl View {
         scan.map_err(|source| ReadError { partition: 0, source })
     }
 
-    /// The position that a scan ends at, as far as is known.
+    /// The position that a scan ends at.
     pub(in crate::journal) fn end(&self) -> Position {
-        let last = self.ends.count() - 1;
-        let end = self.ends.of(last).map_or(0, |end| end.borrow().to_stored());
-        number_of(last, end)
+        scan::end(self.ends.count())
     }
 
     pub(in crate::journal) fn appender(&self) -> Appender {
@@ -72,7 +74,7 @@ impl Journal {
     ///
     /// [`OpenError`].
     pub async fn open(config: Config, addressing: Addressing) -> Result<Self, OpenError> {
-        let Topics { partitions } = topics::prepare(&config).await?;
+        let Topics { partitions } = topics::prepare(&config, PATIENCE).await?;
         let producer = Producer::new(Log::default(), producer(&config));
         producer.prepare()?;
         let ends = Ends::watch(&config, partitions)?;

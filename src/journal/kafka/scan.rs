@@ -40,7 +40,7 @@ impl Scan {
     /// Blocks, to ask where the partitions begin and end.
     pub(super) fn new(config: &Config, partitions: i32, start: Start) -> KafkaResult<Self> {
         let consumer = BaseConsumer::from_config_and_context(&config.consumer(&config.group("scan")), Log::default())?;
-        let (topic, mut left, mut last) = (config.events(), VecDeque::new(), Position::ZERO);
+        let (topic, mut left) = (config.events(), VecDeque::new());
         for partition in 0..partitions {
             let (low, end) = consumer.fetch_watermarks(&topic, partition, TIMEOUT)?;
             let next = match start {
@@ -56,10 +56,9 @@ impl Scan {
                 }
                 Start::WrittenSince(time) => written_since(&consumer, &topic, partition, time)?.unwrap_or(end),
             };
-            last = number_of(partition, end);
             left.push_back(Part { partition, next, end });
         }
-        let mut scan = Self { consumer, topic, left, is_assigned: false, end: watch::Sender::new(last) };
+        let mut scan = Self { consumer, topic, left, is_assigned: false, end: watch::Sender::new(end(partitions)) };
         scan.pass_read();
         Ok(scan)
     }
@@ -137,6 +136,11 @@ impl Scan {
             self.is_assigned = false;
         }
     }
+}
+
+/// Where a scan ends: after the last partition.
+pub(super) fn end(partitions: i32) -> Position {
+    number_of(partitions, 0)
 }
 
 /// The offset of the first record that was written since then.

@@ -34,15 +34,15 @@ struct Wanted {
     cleanup: &'static str,
 }
 
-/// Makes what topics there are not, and checks all. Brokers that do not answer are given some time: they may be starting
-/// too.
+/// Makes what topics there are not, and checks all. Brokers that do not answer are asked again for some time: they may be
+/// starting too.
 ///
 /// # Errors
 ///
 /// [`OpenError`]: they do not answer, or what there is would weaken what is guaranteed.
-pub async fn prepare(config: &Config) -> Result<Topics, OpenError> {
+pub async fn prepare(config: &Config, patience: Duration) -> Result<Topics, OpenError> {
     let admin: AdminClient<Log> = AdminClient::from_config_and_context(&config.client(), Log::default())?;
-    let deadline = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + patience;
     loop {
         match attempt(&admin, config).await {
             Err(OpenError::Unreachable { source, .. }) if Instant::now() < deadline => {

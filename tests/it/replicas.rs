@@ -1,0 +1,244 @@
+//! Operating relays that share a journal on Kafka: whatever is asked of one of them is asked of all.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::brokers::{create_topic, shared_kafka, unique};
+use crate::harness::{Receiver, Relay, Reply, Setup, event, within_time};
+
+/// How long replicas may take to agree, on a busy machine.
+const AGREEMENT: Duration = Duration::from_secs(90);
+const POLL: Duration = Duration::from_millis(100);
+
+/// The settings of relays that share a journal on the tests' one broker.
+fn settings(prefix: &str, more: &str) -> String {
+    let brokers = shared_kafka();
+    format!(
+        "[journal]\nkind = \"kafka\"\nbrokers = [\"{brokers}\"]\nprefix = \"{prefix}\"\npartitions = 4\nreplication = 1\n\
+         min_insync = 1\n{more}"
+    )
+}
+
+/// Two replicas with the same rules.
+async fn pair(rules: &str, more: &str) -> [Relay; 2] {
+    let settings = settings(&unique("replicas"), more);
+    let setups = [(); 2].map(|()| {
+        let setup = Setup::new(rules);
+        setup.file("relay.toml", &settings);
+        setup
+    });
+    let [first, second] = setups;
+    let first = first.start_within(AGREEMENT).await;
+    let relays = [first, second.start_within(AGREEMENT).await];
+    agree(&relays, "to share the partitions", |status| {
+        let replicas = status["replicas"].as_array().expect("a list");
+        let share = |replica: &Value| replica["sinks"][0]["partitions"].as_array().map_or(0, Vec::len);
+        replicas.len() == 2 && replicas.iter().all(|replica| share(replica) == 2)
+    })
+    .await;
+    relays
+}
+
+/// Waits until both say so.
+async fn agree(relays: &[Relay; 2], what: &str, condition: impl Fn(&Value) -> bool) {
+    for relay in relays {
+        let wait = async {
+            while !condition(&relay.get("/api/v1/status").await) {
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        within_time(AGREEMENT, &format!("the replicas {what}"), wait).await;
+    }
+}
+
+fn rules(receiver: &Receiver) -> String {
+    format!(
+        "[sinks.http]\ntype = \"http\"\nurl = \"{}\"\n[[routes]]\nname = \"sent\"\nwhen = {{ status = \"sent\" }}\n\
+         to = [\"http\"]\n",
+        receiver.url("/")
+    )
+}
+
+async fn stop(relays: [Relay; 2]) {
+    for relay in relays {
+        relay.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_sink_is_paused_and_resumed_on_all() {
+    let receiver = Receiver::accepting().await;
+    let [first, second] = pair(&rules(&receiver), "").await;
+    assert_eq!(first.operate("/api/v1/sinks/http/pause", &Value::Null).await["paused"], true);
+    let relays = [first, second];
+    agree(&relays, "to pause", |status| status["sinks"][0]["paused"] == true).await;
+    let [first, second] = relays;
+    for number in 0..20 {
+        assert_eq!(second.post(event(number, "sent")).await.status, 200);
+    }
+    // One that starts now does not deliver either.
+    let second = second.kill().await.start_within(AGREEMENT).await;
+    let relays = [first, second];
+    agree(&relays, "to have all events waiting", |status| status["sinks"][0]["lag_events"] == 20).await;
+    assert_eq!(receiver.received().len(), 0);
+    let drained = relays[1].operate("/api/v1/drain?wait=0", &Value::Null).await;
+    assert_eq!((&drained["drained"], &drained["sinks"][0]["paused"]), (&json!(false), &json!(true)));
+    relays[1].operate("/api/v1/sinks/http/resume", &Value::Null).await;
+    receiver.wait_for(20).await;
+    let drained = relays[0].operate("/api/v1/drain?wait=60", &Value::Null).await;
+    assert_eq!(drained["drained"], true, "{drained}");
+    assert_eq!(receiver.received().len(), 20);
+    stop(relays).await;
+}
+
+#[tokio::test]
+async fn dead_letters_are_those_of_all() {
+    let answer = Arc::new(AtomicU16::new(400));
+    let answers = Arc::clone(&answer);
+    let receiver = Receiver::start(move |_| Reply::Status(answers.load(Ordering::Relaxed))).await;
+    let [first, second] = pair(&rules(&receiver), "").await;
+    for number in 0..8 {
+        assert_eq!(first.post(event(number, "sent")).await.status, 200);
+    }
+    assert_eq!(second.post(event(8, "read")).await.status, 200);
+    let relays = [first, second];
+    agree(&relays, "to know all dead letters", |status| status["dead_letters"] == json!({ "http": 8, "unrouted": 1 }))
+        .await;
+    let list = relays[0].get("/api/v1/dead-letters?sink=http").await;
+    assert_eq!(list, relays[1].get("/api/v1/dead-letters?sink=http").await, "the same, with the same numbers");
+    let letter = &list["dead_letters"][0];
+    assert_eq!((&letter["reason"], &letter["route"]), (&json!("rejected"), &json!("sent")));
+    let path = format!("/api/v1/dead-letters/{}", letter["id"]);
+    assert_eq!(relays[1].get(&path).await["body"]["message_status"], "sent");
+
+    // One through the first, the rest through the second; what no route matches to a sink that is named.
+    answer.store(200, Ordering::Relaxed);
+    let before = receiver.received().len();
+    relays[0].operate(&format!("{path}/replay"), &Value::Null).await;
+    agree(&relays, "to know that it is none any more", |status| status["dead_letters"]["http"] == 7).await;
+    let done = relays[1].operate("/api/v1/dead-letters/replay", &json!({ "sink": "http" })).await;
+    assert_eq!((&done["done"], &done["remaining"]), (&json!(7), &json!(0)), "{done}");
+    let done = relays[1].operate("/api/v1/dead-letters/replay", &json!({ "sink": "unrouted", "to": "http" })).await;
+    assert_eq!(done["done"], 1, "{done}");
+    receiver.wait_for(before + 9).await;
+    agree(&relays, "to have no dead letters", |status| status["dead_letters"] == json!({})).await;
+    let routes = receiver.received().into_iter().skip(before);
+    assert!(routes.into_iter().all(|request| request.header("relay-attempt") == "1"));
+
+    // Discarded by one, gone for both.
+    answer.store(400, Ordering::Relaxed);
+    assert_eq!(relays[0].post(event(9, "sent")).await.status, 200);
+    agree(&relays, "to know of another", |status| status["dead_letters"]["http"] == 1).await;
+    relays[1].operate("/api/v1/dead-letters/discard", &json!({ "sink": "http" })).await;
+    agree(&relays, "to have none again", |status| status["dead_letters"] == json!({})).await;
+    stop(relays).await;
+}
+
+#[tokio::test]
+async fn what_is_kept_is_sent_again_and_compared() {
+    let receiver = Receiver::accepting().await;
+    let relays = pair(&rules(&receiver), "").await;
+    for number in 0..30 {
+        let status = if number % 3 == 0 { "read" } else { "sent" };
+        assert_eq!(relays[number as usize % 2].post(event(number, status)).await.status, 200);
+    }
+    receiver.wait_for(20).await;
+    let replayed = relays[1].command_json(&["replay", "--sink", "http"]).await;
+    assert_eq!((&replayed["replayed"], &replayed["scanned"]), (&json!(20), &json!(30)), "{replayed}");
+    receiver.wait_for(40).await;
+    // What was sent again is not there twice.
+    let replayed = relays[0].command_json(&["replay", "--sink", "http"]).await;
+    assert_eq!(replayed["replayed"], 20, "{replayed}");
+    receiver.wait_for(60).await;
+    let compared =
+        relays[0].operate("/api/v1/diff", &json!({ "rules": rules(&receiver).replace("sent", "read") })).await;
+    assert_eq!(compared["diff"]["events"], 30, "{compared}");
+    stop(relays).await;
+}
+
+#[tokio::test]
+async fn rules_change_on_one_replica_after_the_other() {
+    let (old, new) = (Receiver::accepting().await, Receiver::accepting().await);
+    let relays = pair(&rules(&old), "").await;
+    assert_eq!(relays[0].post(event(0, "sent")).await.status, 200);
+    old.wait_for(1).await;
+    let with_another = format!(
+        "{}[sinks.other]\ntype = \"http\"\nurl = \"{}\"\n[[routes]]\nname = \"read\"\nwhen = {{ status = \"read\" }}\n\
+         to = [\"other\"]\n",
+        rules(&old),
+        new.url("/")
+    );
+    relays[0].change_rules(&with_another);
+    relays[0].operate("/api/v1/reload", &Value::Null).await;
+    // The second one does not know the sink yet: what it accepts is unrouted, as its rules say.
+    assert_eq!(relays[0].post(event(1, "read")).await.status, 200);
+    assert_eq!(relays[1].post(event(2, "read")).await.status, 200);
+    new.wait_for(1).await;
+    relays[1].change_rules(&with_another);
+    relays[1].operate("/api/v1/reload", &Value::Null).await;
+    assert_eq!(relays[1].post(event(3, "read")).await.status, 200);
+    new.wait_for(2).await;
+    agree(&relays, "to know of the dead letter", |status| status["dead_letters"] == json!({ "unrouted": 1 })).await;
+    stop(relays).await;
+}
+
+#[tokio::test]
+async fn topics_that_would_lose_events_are_refused() {
+    let receiver = Receiver::accepting().await;
+    let refused = async |topic: &str, made: &[(&str, &str)], expected: &str| {
+        let prefix = unique("refused");
+        create_topic(&shared_kafka(), &format!("{prefix}.{topic}"), made).await;
+        let setup = Setup::new(&receiver.routes());
+        setup.file("relay.toml", &settings(&prefix, ""));
+        for arguments in [&["check", "--connect"][..], &["run"]] {
+            let done = setup.run(arguments, "").await;
+            assert_eq!(done.code, Some(1), "{done:?}");
+            assert!(done.stderr.contains(expected), "{done:?}\n should have {expected}");
+        }
+    };
+    refused("events", &[("cleanup.policy", "compact")], "cleanup.policy is \"compact\", and should be delete").await;
+    refused("events", &[("retention.ms", "60000")], "retention.ms is \"60000\", and should be at least").await;
+    refused("events", &[("retention.bytes", "1000000")], "retention.bytes is \"1000000\", and should be -1").await;
+    refused("parked", &[("cleanup.policy", "delete")], "cleanup.policy is \"delete\", and should be compact").await;
+    let unclean = [("cleanup.policy", "compact"), ("unclean.leader.election.enable", "true")];
+    refused("dead-letters", &unclean, "election.enable is \"true\", and should be false").await;
+}
+
+#[tokio::test]
+async fn topics_are_made_or_checked_without_serving() {
+    let receiver = Receiver::accepting().await;
+    let (prefix, setup) = (unique("checked"), Setup::new(&receiver.routes()));
+    setup.file("relay.toml", &settings(&prefix, ""));
+    for _ in 0..2 {
+        let done = setup.run(&["check", "--connect"], "").await;
+        assert_eq!(done.code, Some(0), "{done:?}");
+    }
+    setup.file("relay.toml", &settings(&prefix, "").replace("min_insync = 1", "min_insync = 2"));
+    let done = setup.run(&["check"], "").await;
+    assert!(done.stderr.contains("journal.min_insync is 2; it must be from 1 to journal.replication, 1"), "{done:?}");
+    setup.file("relay.toml", &settings(&prefix, "").replace("replication = 1", "replication = 2"));
+    let done = setup.run(&["check", "--connect"], "").await;
+    assert!(done.stderr.contains("it has 1 replicas, fewer than journal.replication, 2"), "{done:?}");
+    let nobody = settings(&prefix, "").replace(&shared_kafka(), "127.0.0.1:9");
+    setup.file("relay.toml", &nobody);
+    let done = setup.run(&["check", "--connect"], "").await;
+    assert!(done.stderr.contains("Kafka can't be reached at 127.0.0.1:9"), "{done:?}");
+}
+
+#[tokio::test]
+async fn an_event_that_is_longer_than_kafka_takes_is_refused() {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&receiver.routes());
+    let more = "options = { \"message.max.bytes\" = 20000 }\n";
+    setup.file("relay.toml", &settings(&unique("long"), more));
+    let relay = setup.start_within(AGREEMENT).await;
+    let long = |length: usize| event(1, "sent").replace("campaign name", &"x".repeat(length));
+    assert_eq!(relay.post(long(10_000)).await.status, 200);
+    let answer = relay.post(long(30_000)).await;
+    assert_eq!(answer.status, 413, "{answer:?}");
+    receiver.wait_for(1).await;
+    relay.stop().await;
+}
