@@ -21,6 +21,23 @@ from local import RELAY, certificate, loopback_up
 
 KUBERNETES = ["1.29", "1.37"]
 VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
+# One of each setting that one kind of journal has and another may not have.
+OF_JOURNALS = dict(line.split(" = ", 1) for line in """
+ingress.dedup = "10m"
+journal.durability = "fsync"
+journal.segment = "64MiB"
+journal.max_disk = "8GiB"
+journal.min_free_disk = "1GiB"
+journal.retention = "24h"
+journal.brokers = ["kafka:9092"]
+journal.prefix = "relay"
+journal.partitions = 12
+journal.replication = 3
+journal.min_insync = 2
+journal.key = "message_id"
+journal.timeout = "5s"
+journal.options = { "session.timeout.ms" = 6000 }
+""".strip().splitlines())
 
 
 def custom_resources():
@@ -181,7 +198,9 @@ class Manifests(unittest.TestCase):
         secret = ["--set", "auth.existingSecret=s"]
         for values, complaint in [
             ([], "auth.existingSecret"),
-            ([*secret, "--set", "journal=kafka"], 'there is only "local"'),
+            ([*secret, "--set", "auth.tokens=null"], "auth.tokens"),
+            ([*secret, "--set", "settings.journal.kind=tape"], "'disk', 'kafka'"),
+            ([*secret, "--set", "settings.journal.kind=kafka"], "settings.journal.brokers"),
             ([*secret, "--set", "persistence.enabled=false"], "acceptLossOfEvents"),
             ([*secret, "--set", "replica=3"], "replica"),
             ([*secret, "--set", "settings.ingress.listen=0.0.0.0:1"], "listen"),
@@ -189,6 +208,68 @@ class Manifests(unittest.TestCase):
         ]:
             with self.subTest(complaint), self.assertRaisesRegex(RuntimeError, complaint):
                 render(*values)
+
+    def test_the_chart_refuses_the_same_of_a_journal_as_the_relay(self):
+        journal = json.loads((CHART / "values.schema.json").read_text())["properties"]["settings"]["properties"]["journal"]
+        self.assertEqual({name for name in OF_JOURNALS if name.startswith("journal.")},
+                         {f"journal.{name}" for name in journal["properties"]} - {"journal.kind"})
+        rules = (ROOT / "routes.toml").read_text()
+        for kind, needed in [("disk", []), ("kafka", ["journal.brokers"])]:
+            by_chart, by_relay = set(), set()
+            for name in OF_JOURNALS:
+                lines = {given: OF_JOURNALS[given] for given in [*needed, name]} | {"journal.kind": f'"{kind}"'}
+                settings = "".join(f"{name} = {value}\n" for name, value in lines.items())
+                try:
+                    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as values:
+                        json.dump({"auth": {"existingSecret": "s"}, "settings": tomllib.loads(settings)}, values)
+                        values.flush()
+                        render("-f", values.name)
+                except RuntimeError as refused:
+                    self.assertIn(f"settings.{name}", str(refused))
+                    by_chart.add(name)
+                try:
+                    check(f'{settings}ingress.auth.tokens = [{{ name = "aivo", value = "secret" }}]', rules)
+                except AssertionError as refused:
+                    self.assertIn(name, str(refused))
+                    by_relay.add(name)
+            with self.subTest(kind):
+                self.assertEqual(by_chart, by_relay)
+                self.assertEqual("journal.max_disk" in by_relay, kind == "kafka")
+                self.assertEqual("journal.brokers" in by_relay, kind == "disk")
+
+    def test_a_journal_on_kafka_needs_no_volumes(self):
+        manifests = {manifest["kind"]: manifest for manifest in self.rendered["kafka-values.yaml"]}
+        self.assertLessEqual({"Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget"}, manifests.keys())
+        self.assertEqual(manifests.keys() & {"StatefulSet", "Job"}, set())
+        deployment = manifests["Deployment"]["spec"]
+        self.assertEqual(deployment["strategy"]["rollingUpdate"], {"maxSurge": 1, "maxUnavailable": 0})
+        pod = deployment["template"]["spec"]
+        (container,) = pod["containers"]
+        # What can be written to, for SQLite.
+        self.assertEqual([volume for volume in pod["volumes"] if not {"configMap", "secret"} & volume.keys()],
+                         [{"name": "tmp", "emptyDir": {}}])
+        self.assertEqual([mount for mount in container["volumeMounts"] if not mount.get("readOnly")],
+                         [{"name": "tmp", "mountPath": "/tmp"}])
+        # Nothing waits for deliveries that others make.
+        self.assertNotIn("lifecycle", container)
+        self.assertEqual(pod["terminationGracePeriodSeconds"], 5 + 20 + 10)
+
+        (values,) = load((CHART / "ci/kafka-values.yaml").read_text())
+        settings = tomllib.loads(manifests["ConfigMap"]["data"]["relay.toml"])
+        self.assertEqual(settings["journal"], values["settings"]["journal"])
+        self.assertNotIn("data_dir", settings)
+        self.assertEqual([token["name"] for token in settings["ingress"]["auth"]["tokens"]], ["aivo"])
+
+    def test_the_autoscaler_takes_no_volume_out_of_use(self):
+        def scaled(file):
+            (scaler,) = [m["spec"] for m in self.rendered[file] if m["kind"] == "HorizontalPodAutoscaler"]
+            (workload,) = [m for m in self.rendered[file] if m["kind"] == scaler["scaleTargetRef"]["kind"]]
+            self.assertNotIn("replicas", workload["spec"])
+            return workload["kind"], scaler.get("behavior")
+
+        self.assertEqual(scaled("everything-values.yaml"), ("StatefulSet", {"scaleDown": {"selectPolicy": "Disabled"}}))
+        for file in ["kafka-values.yaml", "without-volumes-values.yaml"]:
+            self.assertEqual(scaled(file), ("Deployment", None))
 
     def test_removing_replicas_asks_them_first(self):
         def asked(*values):
@@ -206,6 +287,12 @@ class Manifests(unittest.TestCase):
         with cluster(replicas=2) as url:
             server = "--dry-run=server", "--kube-apiserver", url
             self.assertEqual(asked(*server), all_of_them)
+            # Their volumes go out of use altogether.
+            for values in [["settings.journal.kind=kafka", "settings.journal.brokers={kafka:9092}"],
+                           ["persistence.enabled=false", "acceptLossOfEvents=true", "autoscaling.enabled=true"]]:
+                values = [argument for value in values for argument in ("--set", value)]
+                self.assertEqual(asked(*server, *values), {"pre-upgrade": ["replica-0", "replica-1"]})
+                self.assertEqual(asked(*values), {})
 
     def test_the_chart_offers_every_setting(self):
         """But those that it sets itself."""

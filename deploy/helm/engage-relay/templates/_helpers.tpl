@@ -40,15 +40,30 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- dig "path" "/webhooks/engage" (.Values.settings.ingress | default dict) -}}
 {{- end }}
 
+{{/* Where events are stored: "disk" or "kafka". */}}
+{{- define "engage-relay.journal" -}}
+{{- dig "kind" "disk" (.Values.settings.journal | default dict) -}}
+{{- end }}
+
+{{/* Only what has volumes has to be a StatefulSet. */}}
+{{- define "engage-relay.kind" -}}
+{{- if and (eq (include "engage-relay.journal" .) "disk") .Values.persistence.enabled }}StatefulSet{{ else }}Deployment{{ end -}}
+{{- end }}
+
+{{/* For how many seconds a pod that is taken away delivers what it has. What is on Kafka the others deliver. */}}
+{{- define "engage-relay.drainSeconds" -}}
+{{- if eq (include "engage-relay.journal" .) "disk" }}{{ int .Values.shutdown.drain }}{{ else }}0{{ end -}}
+{{- end }}
+
 {{/* How many seconds a pod may take to end. */}}
 {{- define "engage-relay.grace" -}}
-{{- with .Values.shutdown }}{{ add (int .drain) (int .delay) (int .grace) 10 }}{{ end -}}
+{{- add (include "engage-relay.drainSeconds" . | int) (int .Values.shutdown.delay) (int .Values.shutdown.grace) 10 -}}
 {{- end }}
 
 {{/* One value as TOML: text, numbers, lists and inline tables. JSON's text is TOML's too. */}}
 {{- define "engage-relay.toml" -}}
 {{- if kindIs "map" . -}}
-{ {{- range $index, $key := keys . | sortAlpha }}{{ if $index }},{{ end }} {{ $key }} = {{ include "engage-relay.toml" (get $ $key) }}{{ end }} }
+{ {{- range $index, $key := keys . | sortAlpha }}{{ if $index }},{{ end }} {{ include "engage-relay.tomlKey" $key }} = {{ include "engage-relay.toml" (get $ $key) }}{{ end }} }
 {{- else if kindIs "slice" . -}}
 [{{ range $index, $value := . }}{{ if $index }}, {{ end }}{{ include "engage-relay.toml" $value }}{{ end }}]
 {{- else if and (kindIs "float64" .) (eq (floor .) .) -}}
@@ -59,8 +74,14 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end }}
 
+{{/* A key as TOML: with dots, as Kafka's properties have them, it is one key only in quotes. */}}
+{{- define "engage-relay.tomlKey" -}}
+{{- if regexMatch "^[A-Za-z0-9_-]+$" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end }}
+
 {{/* relay.toml: what the chart sets, and `settings`. */}}
 {{- define "engage-relay.settings" -}}
+{{- $onDisk := eq (include "engage-relay.journal" .) "disk" -}}
 {{- $tokens := list -}}
 {{- range .Values.auth.tokens -}}
 {{- $tokens = append $tokens (dict "name" .name "value" (printf "${file:/run/secrets/auth/%s}" .key)) -}}
@@ -77,8 +98,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- with .Values.shutdown -}}
 {{- $_ := set $own "shutdown" (dict "delay" (printf "%ds" (int .delay)) "grace" (printf "%ds" (int .grace))) -}}
 {{- end -}}
-{{- $tables := mergeOverwrite (deepCopy .Values.settings) $own -}}
-data_dir = "/var/lib/engage-relay"
+{{- $defaults := ternary (dict "journal" (dict "max_disk" "8GiB")) dict $onDisk -}}
+{{- $tables := mergeOverwrite $defaults (deepCopy .Values.settings) $own -}}
+{{- if $onDisk }}data_dir = "/var/lib/engage-relay"
+{{ end -}}
 routes = "/etc/engage-relay/routes.toml"
 {{- range $name := keys $tables | sortAlpha }}
 {{- with get $tables $name }}
@@ -93,13 +116,33 @@ routes = "/etc/engage-relay/routes.toml"
 
 {{/* What can't be right. */}}
 {{- define "engage-relay.check" -}}
-{{- if ne .Values.journal "local" }}
-{{- fail "journal: there is only \"local\" yet; a journal on Kafka is planned" }}
-{{- end }}
 {{- if not .Values.auth.existingSecret }}
 {{- fail "auth.existingSecret: name a Secret with the senders' tokens and the admin token. To make one:\n  kubectl create secret generic engage-relay --from-literal=ingress-token=\"$(openssl rand -hex 24)\" --from-literal=admin-token=\"$(openssl rand -hex 24)\"\nand then --set auth.existingSecret=engage-relay" }}
 {{- end }}
+{{- if not .Values.auth.tokens }}
+{{- fail "auth.tokens: name at least one token of the Secret. Without any, each replica would make up its own" }}
+{{- end }}
+{{- $journal := .Values.settings.journal | default dict }}
+{{- if eq (include "engage-relay.journal" .) "kafka" }}
+{{- if not $journal.brokers }}
+{{- fail "settings.journal.brokers: name Kafka's brokers, as host:port. settings.journal.kind=kafka needs them" }}
+{{- end }}
+{{- range list "durability" "segment" "max_disk" "min_free_disk" }}
+{{- if hasKey $journal . }}
+{{- fail (printf "settings.journal.%s: it has no meaning with settings.journal.kind=kafka, since nothing is kept on the pod's disk. Leave it out" .) }}
+{{- end }}
+{{- end }}
+{{- if hasKey (.Values.settings.ingress | default dict) "dedup" }}
+{{- fail "settings.ingress.dedup: it has no meaning with settings.journal.kind=kafka, since an event that is sent again may come to another replica. Leave it out" }}
+{{- end }}
+{{- else }}
+{{- range list "brokers" "prefix" "partitions" "replication" "min_insync" "key" "timeout" "options" }}
+{{- if hasKey $journal . }}
+{{- fail (printf "settings.journal.%s: it is for settings.journal.kind=kafka. Set that, or leave it out" .) }}
+{{- end }}
+{{- end }}
 {{- if and (not .Values.persistence.enabled) (not .Values.acceptLossOfEvents) }}
-{{- fail "persistence.enabled: without volumes, events that were answered 200 are lost with a pod. Leave it on, or set acceptLossOfEvents=true" }}
+{{- fail "persistence.enabled: without volumes, events that were answered 200 are lost with a pod. Leave it on, set acceptLossOfEvents=true, or keep the journal on Kafka (settings.journal.kind=kafka)" }}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -77,7 +77,8 @@ spec:
         periodSeconds: 2
         timeoutSeconds: 2
         failureThreshold: 1
-      {{- if .Values.shutdown.drain }}
+      {{- $drain := include "engage-relay.drainSeconds" . | int }}
+      {{- if $drain }}
       lifecycle:
         preStop:
           exec:
@@ -85,7 +86,7 @@ spec:
               - /usr/local/bin/engage-relay
               - drain
               - --config=/etc/engage-relay/relay.toml
-              - --timeout={{ int .Values.shutdown.drain }}s
+              - --timeout={{ $drain }}s
       {{- end }}
       resources:
         {{- toYaml .Values.resources | nindent 8 }}
@@ -93,12 +94,14 @@ spec:
         {{- toYaml .Values.securityContext | nindent 8 }}
       volumeMounts:
         {{- include "engage-relay.settingsMounts" . | nindent 8 }}
+        {{- if eq (include "engage-relay.journal" .) "disk" }}
         - { name: data, mountPath: /var/lib/engage-relay }
-        # For SQLite, where it sorts more than fits into memory.
+        {{- end }}
+        # For SQLite, where it has more than fits into memory.
         - { name: tmp, mountPath: /tmp }
   volumes:
     {{- include "engage-relay.settingsVolumes" . | nindent 4 }}
-    {{- if not .Values.persistence.enabled }}
+    {{- if and (eq (include "engage-relay.journal" .) "disk") (not .Values.persistence.enabled) }}
     - name: data
       emptyDir: { sizeLimit: {{ .Values.persistence.size }} }
     {{- end }}
