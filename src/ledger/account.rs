@@ -51,9 +51,13 @@ impl Account {
         self.held.store(false, Ordering::Release);
     }
 
+    pub(super) fn is_closed(&self) -> bool {
+        !self.held.load(Ordering::Acquire)
+    }
+
     /// Whether the lane is certainly still this process's. If not, nothing may be begun before something was written.
     pub fn is_held(&self) -> bool {
-        self.lease.as_ref().is_none_or(|lease| lease.is_held() && self.held.load(Ordering::Acquire))
+        self.lease.as_ref().is_none_or(|lease| lease.is_held() && !self.is_closed())
     }
 
     /// Whether something has to be written soon, or the lane would no longer be held.

@@ -40,8 +40,6 @@ pub struct Shared {
 
 /// What a lane goes on with.
 pub struct Loaded {
-    /// Its way into the ledger.
-    pub account: Account,
     /// How far it has come.
     pub progress: Progress,
     /// How many parked deliveries there are of each key.
@@ -74,24 +72,28 @@ impl Shared {
         Ok(Self { config: config.clone(), sink: sink.into(), member, ledger, thread, lease })
     }
 
+    /// The way into the ledger for a partition's lane, for as long as it is not closed.
+    pub fn account(&self, partition: i32) -> Account {
+        Account::of_many(self.ledger.clone(), &partition.to_string(), self.lease.clone())
+    }
+
     /// Takes over a partition's lane: waits for what whoever had it before has written, and reads it.
     ///
     /// # Errors
     ///
     /// [`LedgerError`]: Kafka does not answer, or another replica has the partition by now.
-    pub async fn take_over(&self, partition: i32) -> Result<Loaded, LedgerError> {
+    pub async fn take_over(&self, partition: i32, account: &Account) -> Result<Loaded, LedgerError> {
         let (member, config, sink) = (self.member.clone(), self.config.clone(), Arc::clone(&self.sink));
         let progress = blocking(move || load::progress(&member, partition)).await?;
         let lane = partition.to_string();
         let mark = format!("{:016x}", rand::random::<u64>());
-        self.open_lane(&lane, progress.clone(), mark.clone()).await?;
+        self.open_lane(&lane, account, progress.clone(), mark.clone()).await?;
         let parked = blocking(move || load::parked(&config, &sink, partition, &mark)).await?;
         let adopted = lane.clone();
         let adopt = move |books: &mut super::Books<'_>| changes::adopt(&books.transaction, &adopted, &parked);
         self.ledger.run(adopt).await?;
         let parked = self.ledger.parked_keys(&lane).await?;
-        let account = Account::of_many(self.ledger.clone(), &lane, self.lease.clone());
-        Ok(Loaded { account, progress, parked })
+        Ok(Loaded { progress, parked })
     }
 
     /// Makes dead letters of what a partition's lane has parked, because its sink is no longer in the rules.
@@ -112,16 +114,28 @@ impl Shared {
     }
 
     /// Notes where a lane begins, which shows that the partition is ours.
-    async fn open_lane(&self, lane: &str, progress: Progress, mark: String) -> Result<(), LedgerError> {
-        let lane = lane.to_owned();
+    async fn open_lane(
+        &self,
+        lane: &str,
+        account: &Account,
+        progress: Progress,
+        mark: String,
+    ) -> Result<(), LedgerError> {
+        let (lane, account) = (lane.to_owned(), account.clone());
         let open = move |books: &mut super::Books<'_>| {
+            if account.is_closed() {
+                return Ok(false);
+            }
             changes::settle(books, &lane, Some(&progress), &[], super::now())?;
             if let Some(written) = &mut books.written {
                 written.push(Written::Opened { lane: lane.clone(), mark: mark.clone() });
             }
-            Ok(())
+            Ok(true)
         };
-        self.ledger.run(open).await
+        match self.ledger.run(open).await? {
+            true => Ok(()),
+            false => Err(LedgerError::Failed("the partition has gone elsewhere".to_owned())),
+        }
     }
 }
 

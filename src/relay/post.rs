@@ -58,7 +58,7 @@ type TakenOver = (i32, u64, Result<Loaded, LedgerError>);
 /// A partition that is ours.
 enum State {
     /// What was left of it is being read, since it came for the how-manieth time.
-    TakingOver(u64),
+    TakingOver(u64, Account),
     Running(Running),
 }
 
@@ -151,8 +151,9 @@ impl Post {
                 info!(sink = self.name, ?partitions, "partitions have come");
                 for partition in partitions {
                     self.arrivals += 1;
-                    self.lanes.insert(partition, State::TakingOver(self.arrivals));
-                    self.take_over(partition, self.arrivals, Duration::ZERO);
+                    let account = self.ledger.account(partition);
+                    self.lanes.insert(partition, State::TakingOver(self.arrivals, account.clone()));
+                    self.take_over(partition, self.arrivals, account, Duration::ZERO);
                 }
             }
             Moved::Revoked { partitions, lost, done } => {
@@ -167,35 +168,36 @@ impl Post {
         }
     }
 
-    fn take_over(&self, partition: i32, arrival: u64, after: Duration) {
+    fn take_over(&self, partition: i32, arrival: u64, account: Account, after: Duration) {
         let ledger = Arc::clone(&self.ledger);
         self.taking_over.push(Box::pin(async move {
             sleep(after).await;
-            let loaded = timeout(TAKE_OVER, ledger.take_over(partition)).await;
+            let loaded = timeout(TAKE_OVER, ledger.take_over(partition, &account)).await;
             (partition, arrival, loaded.unwrap_or_else(|_| Err(LedgerError::Failed("Kafka takes too long".to_owned()))))
         }));
     }
 
     fn taken_over(&mut self, partition: i32, arrival: u64, loaded: Result<Loaded, LedgerError>) {
         // It may have gone meanwhile, and even come back: then another has had it.
-        if !matches!(self.lanes.get(&partition), Some(State::TakingOver(awaited)) if *awaited == arrival) {
-            return;
-        }
-        match loaded.and_then(|loaded| self.start(partition, loaded)) {
+        let account = match self.lanes.get(&partition) {
+            Some(State::TakingOver(awaited, account)) if *awaited == arrival => account.clone(),
+            Some(_) | None => return,
+        };
+        match loaded.and_then(|loaded| self.start(partition, account.clone(), loaded)) {
             Ok(running) => {
                 self.lanes.insert(partition, State::Running(running));
                 self.publish();
             }
             Err(error) => {
                 warn!(sink = self.name, partition, %error, "a partition can't be taken over yet; trying again");
-                self.take_over(partition, arrival, TAKE_OVER_PAUSE);
+                self.take_over(partition, arrival, account, TAKE_OVER_PAUSE);
             }
         }
     }
 
-    fn start(&mut self, partition: i32, loaded: Loaded) -> Result<Running, LedgerError> {
-        let Loaded { account, progress, parked } = loaded;
-        let kept_account = account.clone();
+    fn start(&mut self, partition: i32, account: Account, loaded: Loaded) -> Result<Running, LedgerError> {
+        let Loaded { progress, parked } = loaded;
+        let own = account.clone();
         let reader = self.readers.reader(partition, progress.cursor);
         let reader = Reader::Kafka(reader.map_err(|error| LedgerError::Failed(error.to_string()))?);
         let beginning = Beginning { reader, ahead: progress.ahead, parked };
@@ -215,7 +217,7 @@ impl Post {
                 (control, tokio::spawn(lane.run(told)))
             }
         };
-        Ok(Running { account: kept_account, control, phase, task })
+        Ok(Running { account: own, control, phase, task })
     }
 
     /// Ends the lanes of these partitions: those that finish have [`GIVE_UP`], and the caller may change its mind.
@@ -229,7 +231,10 @@ impl Post {
         let mut remains = Remains { lag_events: 0, parked: 0, kept: None };
         let ending = partitions.iter().filter_map(|partition| match self.lanes.remove(partition)? {
             State::Running(running) => Some((*partition, running)),
-            State::TakingOver(_) => None,
+            State::TakingOver(_, account) => {
+                account.close();
+                None
+            }
         });
         let ending: Vec<_> = ending.collect();
         if lost {
@@ -286,7 +291,7 @@ impl Post {
     fn publish(&self) {
         let running = self.lanes.iter().filter_map(|(partition, state)| match state {
             State::Running(running) => Some((*partition, running.control.clone())),
-            State::TakingOver(_) => None,
+            State::TakingOver(..) => None,
         });
         self.controls.set(running);
     }

@@ -9,6 +9,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwapOption;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, ConsumerGroupMetadata, Rebalance};
 use rdkafka::error::{KafkaError, KafkaResult};
@@ -48,6 +49,7 @@ pub enum Moved {
 /// This replica's membership of a group.
 pub struct Group {
     consumer: Arc<BaseConsumer<Membership>>,
+    right: Right,
     topic: String,
     leaving: Arc<AtomicBool>,
     thread: JoinHandle<()>,
@@ -57,13 +59,19 @@ pub struct Group {
 #[derive(Clone)]
 pub struct Member {
     consumer: Arc<BaseConsumer<Membership>>,
+    right: Right,
     topic: Arc<str>,
 }
 
 struct Membership {
     log: Log,
     moved: mpsc::Sender<Moved>,
+    right: Right,
 }
+
+/// What says in which generation of the group this replica is a member, as of the last time that partitions were shared out.
+/// librdkafka's own answer says that there is no group when it has just lost it, and brokers take that for a right.
+type Right = Arc<ArcSwapOption<ConsumerGroupMetadata>>;
 
 impl Group {
     /// Joins; what then comes and goes is told.
@@ -75,7 +83,8 @@ impl Group {
         let (moved, moves) = mpsc::channel(MOVES);
         let mut client = config.consumer(&config.group(sink));
         client.set("partition.assignment.strategy", "cooperative-sticky");
-        let context = Membership { log: Log::of_sink(sink), moved };
+        let right = Right::default();
+        let context = Membership { log: Log::of_sink(sink), moved, right: Arc::clone(&right) };
         let consumer = Arc::new(BaseConsumer::from_config_and_context(&client, context)?);
         let topic = config.events();
         consumer.subscribe(&[&topic])?;
@@ -97,12 +106,13 @@ impl Group {
         };
         let thread = std::thread::Builder::new().name(format!("group-{sink}")).spawn(run);
         let thread = thread.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        Ok((Self { consumer, topic, leaving, thread }, moves))
+        Ok((Self { consumer, right, topic, leaving, thread }, moves))
     }
 
     /// For those who commit offsets.
     pub fn member(&self) -> Member {
-        Member { consumer: Arc::clone(&self.consumer), topic: self.topic.as_str().into() }
+        let (consumer, right) = (Arc::clone(&self.consumer), Arc::clone(&self.right));
+        Member { consumer, right, topic: self.topic.as_str().into() }
     }
 
     /// Leaves, so that others take over at once. Whoever is told of moves has to be there still. Blocks.
@@ -114,9 +124,9 @@ impl Group {
 }
 
 impl Member {
-    /// What says that this replica is a member at this time; nothing after it has left.
-    pub fn metadata(&self) -> Option<ConsumerGroupMetadata> {
-        self.consumer.group_metadata()
+    /// What says that this replica is a member at this time; nothing if it is none.
+    pub fn right(&self) -> Option<Arc<ConsumerGroupMetadata>> {
+        self.right.load_full()
     }
 
     /// How far a partition was settled, and what was written with that; waits for a transaction of whoever had it before.
@@ -163,7 +173,10 @@ impl ConsumerContext for Membership {
     fn pre_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         let Rebalance::Revoke(list) = rebalance else { return };
         let (done, given_up) = sync_channel(1);
+        // Before it is given up, what is settled is written: in the generation that takes it away.
+        let right = consumer.group_metadata();
         let lost = consumer.assignment_lost();
+        self.right.store(right.filter(|_| !lost).map(Arc::new));
         let moved = Moved::Revoked { partitions: partitions(list), lost, done };
         // Ends when they are given up, or when nobody listens any more.
         if self.moved.blocking_send(moved).is_ok() {
@@ -174,6 +187,7 @@ impl ConsumerContext for Membership {
     fn post_rebalance(&self, consumer: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         match rebalance {
             Rebalance::Assign(list) => {
+                self.right.store(consumer.group_metadata().map(Arc::new));
                 if let Err(error) = consumer.pause(list) {
                     warn!(%error, "partitions are read twice");
                 }

@@ -1,5 +1,6 @@
 //! Writing: one transaction of Kafka for what one of SQLite has changed.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use rdkafka::consumer::ConsumerGroupMetadata;
@@ -25,7 +26,7 @@ pub(super) struct Committer {
     member: Member,
     lease: Lease,
     /// By which membership of the group the next transaction is written.
-    right: Option<ConsumerGroupMetadata>,
+    right: Option<Arc<ConsumerGroupMetadata>>,
     /// Of this process alone. A new producer with it ends what the last one has left open.
     transactional_id: String,
     /// Made when it is needed, and again when it has failed for good.
@@ -84,7 +85,7 @@ impl Committer {
 
 impl Commit for Committer {
     fn begin(&mut self) {
-        self.right = self.member.metadata();
+        self.right = self.member.right();
     }
 
     fn commit(&mut self, written: &[Written]) -> Result<(), String> {

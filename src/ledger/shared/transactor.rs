@@ -30,7 +30,7 @@ pub(super) struct Work {
     pub(super) records: Vec<(String, Record)>,
     pub(super) offsets: TopicPartitionList,
     /// By which membership of the group.
-    pub(super) right: ConsumerGroupMetadata,
+    pub(super) right: Arc<ConsumerGroupMetadata>,
 }
 
 /// Writes transactions, one after the other.
