@@ -26,6 +26,8 @@ use crate::ledger::{Account, LedgerError};
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// How long lanes may take that are to end at once, and how long leaving a group may take.
 const END: Duration = Duration::from_secs(3);
+/// How often to look whether all lanes still run.
+const LOOK: Duration = Duration::from_secs(1);
 /// How long taking a partition over may take.
 const TAKE_OVER: Duration = Duration::from_secs(90);
 /// How long to wait after a partition could not be taken over.
@@ -102,8 +104,8 @@ impl Post {
         })
     }
 
-    /// Carries on until `phase` says to end; what remains of the partitions that were ours then. With `bury`, what is parked
-    /// becomes dead letters.
+    /// Carries on until `phase` says to end, or a lane has ended that should not have; what remains of the partitions that were
+    /// ours then. With `bury`, what is parked becomes dead letters.
     pub(super) async fn run(mut self, mut phase: watch::Receiver<Phase>, bury: watch::Receiver<bool>) -> Remains {
         loop {
             tokio::select! {
@@ -113,9 +115,10 @@ impl Post {
                 Some((partition, arrival, loaded)) = self.taking_over.next() => {
                     self.taken_over(partition, arrival, loaded);
                 }
+                () = sleep(LOOK) => if self.has_failed() { break },
             }
         }
-        let how = *phase.borrow();
+        let how = (*phase.borrow()).max(Phase::Finishing);
         let ours: Vec<_> = self.lanes.keys().copied().collect();
         let ended = self.end_lanes(&ours, false, how, &mut phase).await;
         if *bury.borrow() {
@@ -166,6 +169,11 @@ impl Post {
                 done.send(()).unwrap_or(());
             }
         }
+    }
+
+    /// Whether a lane has ended by itself.
+    fn has_failed(&self) -> bool {
+        self.lanes.values().any(|state| matches!(state, State::Running(running) if running.task.is_finished()))
     }
 
     fn take_over(&self, partition: i32, arrival: u64, account: Account, after: Duration) {

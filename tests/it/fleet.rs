@@ -76,8 +76,8 @@ impl Fleet {
     }
 
     /// Ends all that run.
-    pub(crate) async fn end(mut self) {
-        for relay in std::mem::take(&mut self.running).into_values() {
+    pub(crate) async fn end(self) {
+        for relay in self.running.into_values() {
             relay.stop().await;
         }
     }
@@ -103,19 +103,6 @@ impl Fleet {
                 for replica in replicas {
                     self.start(*replica).await;
                 }
-            }
-        }
-    }
-}
-
-impl Drop for Fleet {
-    /// What the replicas have said, where a test has failed.
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            for (replica, relay) in &self.running {
-                let log = relay.log();
-                let of_relay = log.iter().filter(|line| line["message"] != "librdkafka reports an error");
-                of_relay.for_each(|line| eprintln!("replica {replica}: {line}"));
             }
         }
     }

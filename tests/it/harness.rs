@@ -159,6 +159,9 @@ struct Lines {
     reader: JoinHandle<()>,
 }
 
+/// How many lines of a relay's log are shown where a test has failed.
+const LAST_LINES: usize = 40;
+
 impl Lines {
     fn read(pipe: impl AsyncRead + Unpin + Send + 'static) -> Self {
         let seen = Arc::<Mutex<Vec<String>>>::default();
@@ -185,6 +188,17 @@ pub(crate) struct Relay {
     stderr: Lines,
     address: SocketAddr,
     admin: SocketAddr,
+}
+
+impl Drop for Relay {
+    /// What it has said last, where a test has failed.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.stderr.all();
+            let last = log.iter().skip(log.len().saturating_sub(LAST_LINES));
+            last.for_each(|line| eprintln!("the relay at {}: {line}", self.address));
+        }
+    }
 }
 
 impl Relay {
