@@ -33,6 +33,8 @@ use crate::harness::{Received, Receiver, Reply};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a reader waits before it connects again.
 const RECONNECT: Duration = Duration::from_millis(100);
+/// How long connecting may take before a reader tries again.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Partitions of a test's topic.
 const PARTITIONS: i32 = 3;
 /// Starts and ends brokers.
@@ -569,10 +571,16 @@ impl Drop for AmqpReader {
 }
 
 async fn read_queue(url: &str, queue: &str, to: &Inbox) -> lapin::Result<()> {
-    let connection = Connection::connect(url, ConnectionProperties::default()).await?;
-    let channel = connection.create_channel().await?;
-    let (options, table) = (BasicConsumeOptions::default(), FieldTable::default());
-    let mut consumer = channel.basic_consume(queue.into(), "".into(), options, table).await?;
+    let consume = async {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        let (options, table) = (BasicConsumeOptions::default(), FieldTable::default());
+        let consumer = channel.basic_consume(queue.into(), "".into(), options, table).await?;
+        lapin::Result::Ok((connection, consumer))
+    };
+    // A broker that is just starting may take a connection and say nothing on it.
+    let Ok(consuming) = timeout(CONNECT_PATIENCE, consume).await else { return Ok(()) };
+    let (_connection, mut consumer) = consuming?;
     while let Some(delivery) = consumer.next().await {
         let delivery = delivery?;
         let arrival = from_amqp(&delivery);
