@@ -7,6 +7,7 @@
 
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
@@ -19,6 +20,8 @@ use rdkafka::ClientConfig;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use tokio::sync::mpsc;
+
+static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// What is sent to a topic.
 #[derive(Clone)]
@@ -43,9 +46,10 @@ impl Topic {
         Ok(Self { producer: client.create()?, name: name.to_owned() })
     }
 
-    /// Whether it was acknowledged. The key is that of the events of `scripts/bench`.
+    /// Whether it was acknowledged. The keys spread over partitions as the message ids of `scripts/bench` do.
     async fn send(&self, body: &[u8]) -> bool {
-        let record = FutureRecord::to(&self.name).key("wamid").payload(body);
+        let key = NUMBER.fetch_add(1, Ordering::Relaxed).to_string();
+        let record = FutureRecord::to(&self.name).key(&key).payload(body);
         match self.producer.send_result(record) {
             Ok(report) => matches!(report.await, Ok(Ok(_))),
             Err(_) => false,

@@ -22,8 +22,8 @@ const WAIT: f64 = 30.0;
 const MAX_WAIT: f64 = 60.0;
 /// How often lanes are asked.
 const POLL: Duration = Duration::from_millis(100);
-/// How long it has to seem so where other replicas are asked: what they say is some seconds old.
-const FRESH: Duration = Duration::from_secs(5);
+/// How long it has to seem so where other replicas are asked: longer than what they say counts.
+const FRESH: Duration = Duration::from_secs(12);
 
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]

@@ -7,8 +7,7 @@ use bytes::Bytes;
 
 use super::problem::Problem;
 use crate::event::Event;
-use crate::journal::kafka::{self, REPLAYED};
-use crate::journal::{AppendError, Position};
+use crate::journal::{AppendError, Position, kafka};
 use crate::lane::Controls;
 use crate::ledger::shared;
 use crate::ledger::{Ledger, LedgerError, Letters as Reader};
@@ -75,7 +74,7 @@ impl Letters {
             Self::Own { .. } => lane.replay(events).await?,
             Self::Shared { appender, .. } => {
                 let records = events.iter().map(|(_, event)| event.record()).collect();
-                appender.send_to(sink, REPLAYED, records).await?;
+                appender.send_to(sink, records).await?;
             }
         }
         Ok(())
@@ -88,7 +87,7 @@ impl Letters {
             Self::Shared { letters: copy, appender } => {
                 let (ids, records) = letters.into_iter().unzip();
                 // In this order: a crash in between sends them twice, and loses none.
-                appender.send_to(sink, REPLAYED, records).await?;
+                appender.send_to(sink, records).await?;
                 copy.discard(ids).await?;
             }
         }

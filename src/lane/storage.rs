@@ -116,7 +116,9 @@ impl Lane {
 
     /// Tries the delivery that was fetched to probe with.
     fn fetched_probe(&mut self, found: bool, now: Instant) {
+        let may_begin = self.account.is_held() && !self.kept.paused;
         if found
+            && may_begin
             && self.breaker.is_probing()
             && let Some(delivery) = self.ready.pop_back()
         {

@@ -309,12 +309,18 @@ fn bury(transaction: &Transaction<'_>, lane: &str, dead: &DeadLetter, now: Milli
     Ok(())
 }
 
-/// The same for a lane whose ledger is shared, which keeps its place; how many they were.
+/// How many parked deliveries are made dead letters at once where a ledger is shared.
+const BURIED_AT_ONCE: i64 = 500;
+
+/// Makes dead letters of some parked deliveries of a lane whose ledger is shared, which keeps its place; how many they were.
 pub(super) fn bury_parked(books: &mut Books<'_>, lane: &str, now: Millis) -> rusqlite::Result<usize> {
     let ids: Vec<i64> = {
-        let mut ids = books.transaction.prepare_cached("SELECT id FROM parked WHERE lane = ?1 ORDER BY id")?;
-        ids.query_map([lane], |row| row.get(0))?.collect::<Result<_, _>>()?
+        let mut ids = books.transaction.prepare_cached("SELECT id FROM parked WHERE lane = ?1 ORDER BY id LIMIT ?2")?;
+        ids.query_map(params![lane, BURIED_AT_ONCE], |row| row.get(0))?.collect::<Result<_, _>>()?
     };
+    if ids.is_empty() {
+        return Ok(0);
+    }
     for id in &ids {
         let Some(parked) = parked::whole(&books.transaction, *id)? else { continue };
         let letter = DeadLetter {

@@ -28,6 +28,9 @@ use commit::Committer;
 
 pub use letters::Letters;
 
+/// How often a member of a group says that it is there.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+
 /// One sink's ledger, on this replica.
 pub struct Shared {
     config: Config,
@@ -66,7 +69,9 @@ impl Shared {
         // A temporary database: it goes to disk where memory does not suffice, and is gone with the process.
         let mut connection = Connection::open("")?;
         schema::prepare(&mut connection, "".as_ref())?;
-        let lease = Lease::new(config.session_timeout());
+        // A session ends so long after the last heartbeat, which may have been before the last transaction.
+        let session = config.session_timeout();
+        let lease = Lease::new(session - HEARTBEAT.min(session / 2));
         let committer = Committer::new(config.clone(), sink, member.clone(), lease.clone());
         let (ledger, thread) = Ledger::start(connection, Some(Box::new(committer)))?;
         Ok(Self { config: config.clone(), sink: sink.into(), member, ledger, thread, lease })
@@ -89,14 +94,19 @@ impl Shared {
         let mark = format!("{:016x}", rand::random::<u64>());
         self.open_lane(&lane, account, progress.clone(), mark.clone()).await?;
         let parked = blocking(move || load::parked(&config, &sink, partition, &mark)).await?;
-        let adopted = lane.clone();
-        let adopt = move |books: &mut super::Books<'_>| changes::adopt(&books.transaction, &adopted, &parked);
+        let (adopted, heir) = (lane.clone(), account.clone());
+        // Once it has gone elsewhere it may have come back, and another lane may be at it.
+        let adopt = move |books: &mut super::Books<'_>| match heir.is_closed() {
+            true => Ok(()),
+            false => changes::adopt(&books.transaction, &adopted, &parked),
+        };
         self.ledger.run(adopt).await?;
         let parked = self.ledger.parked_keys(&lane).await?;
         Ok(Loaded { progress, parked })
     }
 
-    /// Makes dead letters of what a partition's lane has parked, because its sink is no longer in the rules.
+    /// Makes dead letters of some of what a partition's lane has parked, because its sink is no longer in the rules; how many
+    /// there were.
     ///
     /// # Errors
     ///
@@ -142,6 +152,11 @@ impl Shared {
 impl Lease {
     fn new(term: Duration) -> Self {
         Self { epoch: Instant::now(), renewed: Arc::default(), term }
+    }
+
+    /// Nothing is certain any more.
+    fn end(&self) {
+        self.renewed.store(0, Ordering::Relaxed);
     }
 
     /// A transaction that began then was accepted.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::{AbortHandle, JoinError, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
@@ -26,6 +26,8 @@ use crate::ledger::{Account, LedgerError};
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// How long lanes may take that are to end at once, and how long leaving a group may take.
 const END: Duration = Duration::from_secs(3);
+/// How often to try to make dead letters of what a removed sink has parked in a partition.
+const BURY_TRIES: usize = 10;
 /// How often to look whether all lanes still run.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long taking a partition over may take.
@@ -193,8 +195,11 @@ impl Post {
         };
         match loaded.and_then(|loaded| self.start(partition, account.clone(), loaded)) {
             Ok(running) => {
+                let (control, controls) = (running.control.clone(), self.controls.clone());
                 self.lanes.insert(partition, State::Running(running));
                 self.publish();
+                // What was told to all in between; a lane that has ended is told nothing.
+                tokio::spawn(async move { control.pause(controls.is_paused()).await.unwrap_or(()) });
             }
             Err(error) => {
                 warn!(sink = self.name, partition, %error, "a partition can't be taken over yet; trying again");
@@ -245,6 +250,7 @@ impl Post {
             }
         });
         let ending: Vec<_> = ending.collect();
+        self.publish();
         if lost {
             // Whatever the lanes do from now on is another's business.
             ending.iter().for_each(|(_, running)| running.account.close());
@@ -258,7 +264,7 @@ impl Post {
             }
         };
         let aborts: Vec<_> = tasks.iter().map(|(_, task)| task.abort_handle()).collect();
-        let mut ended = pin!(join_all(tasks.into_iter().map(async |(partition, task)| (partition, task.await))));
+        let mut ended = pin!(join_all(tasks.into_iter().map(ended_lane)));
         tell(how);
         let finished = tokio::select! {
             ended = &mut ended => Some(ended),
@@ -286,7 +292,7 @@ impl Post {
                 Ok(left) => {
                     remains.lag_events += left.lag_events;
                     remains.parked += left.parked;
-                    self.kept.extend(left.kept.map(|kept| (partition, kept.put_by())));
+                    self.kept.extend(left.kept.map(|kept| (partition, kept)));
                 }
                 Err(error) if error.is_cancelled() => {}
                 Err(error) => error!(sink = self.name, partition, %error, "a lane ended unexpectedly"),
@@ -309,10 +315,21 @@ impl Post {
 async fn bury_parked(sink: &str, ledger: &Shared, partitions: &[i32]) {
     let mut dead_letters = 0;
     for partition in partitions {
-        match ledger.bury_parked(*partition).await {
-            Ok(buried) => dead_letters += buried,
-            Err(error) => {
-                error!(sink, partition, %error, "what is parked for a sink that is no longer in the rules stays parked");
+        let mut tries = 0;
+        loop {
+            match ledger.bury_parked(*partition).await {
+                Ok(0) => break,
+                Ok(buried) => dead_letters += buried,
+                // Others may be leaving the group just now.
+                Err(error) if tries < BURY_TRIES => {
+                    debug!(sink, partition, %error, "what is parked can't be buried yet");
+                    tries += 1;
+                    sleep(TAKE_OVER_PAUSE).await;
+                }
+                Err(error) => {
+                    error!(sink, partition, %error, "what is parked for a sink that is no longer in the rules stays parked");
+                    break;
+                }
             }
         }
     }
@@ -321,6 +338,12 @@ async fn bury_parked(sink: &str, ledger: &Shared, partitions: &[i32]) {
         dead_letters,
         "a sink is no longer in the rules: its parked deliveries are dead letters, and the events that it has not read stay unread"
     );
+}
+
+/// Waits for a lane's end. From then on nobody waits for its answers.
+async fn ended_lane((partition, task): (i32, JoinHandle<Remains>)) -> (i32, Result<Remains, JoinError>) {
+    let put_by = |left: Remains| Remains { kept: left.kept.map(Kept::put_by), ..left };
+    (partition, task.await.map(put_by))
 }
 
 /// Waits until it has come so far.

@@ -232,12 +232,12 @@ async fn topics_are_made_or_checked_without_serving() {
 async fn an_event_that_is_longer_than_kafka_takes_is_refused() {
     let receiver = Receiver::accepting().await;
     let setup = Setup::new(&receiver.routes());
-    let more = "options = { \"message.max.bytes\" = 20000 }\n";
+    let more = "options = { \"message.max.bytes\" = 40000 }\n";
     setup.file("relay.toml", &settings(&unique("long"), more));
     let relay = setup.start_within(AGREEMENT).await;
     let long = |length: usize| event(1, "sent").replace("campaign name", &"x".repeat(length));
     assert_eq!(relay.post(long(10_000)).await.status, 200);
-    let answer = relay.post(long(30_000)).await;
+    let answer = relay.post(long(33_000)).await;
     assert_eq!(answer.status, 413, "{answer:?}");
     receiver.wait_for(1).await;
     relay.stop().await;

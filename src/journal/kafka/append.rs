@@ -11,7 +11,7 @@ use futures_util::future::{BoxFuture, try_join_all};
 use rdkafka::error::RDKafkaErrorCode as Code;
 
 use super::topics::{self, Topics};
-use super::{Addressing, Config, Ends, OpenError, ReadError, Scan, scan};
+use super::{Addressing, Config, Ends, OpenError, REPLAYED, ReadError, Scan, scan};
 use crate::journal::{AppendError, Position, Start};
 use crate::kafka::{Log, Producer, Record, SendError};
 
@@ -32,6 +32,8 @@ pub struct Appender {
     topic: Arc<str>,
     producer: Arc<Producer>,
     addressing: Arc<ArcSwap<Addressing>>,
+    /// In bytes.
+    max_entry: u64,
 }
 
 /// The journal as those see it who look at it. Clones share it.
@@ -90,7 +92,7 @@ impl Journal {
     /// A handle for those who append.
     pub fn appender(&self) -> Appender {
         let (producer, addressing) = (Arc::clone(&self.producer), Arc::clone(&self.addressing));
-        Appender { topic: self.config.events().into(), producer, addressing }
+        Appender { topic: self.config.events().into(), producer, addressing, max_entry: self.config.max_entry() }
     }
 
     /// How far the partitions go.
@@ -136,6 +138,10 @@ impl Appender {
     pub(in crate::journal) fn append(&self, entries: Vec<Vec<u8>>) -> Result<Append, AppendError> {
         let addressing = self.addressing.load();
         let mut sent = Vec::with_capacity(entries.len());
+        let longest = entries.iter().map(Vec::len).max().unwrap_or(0) as u64;
+        if longest > self.max_entry {
+            return Err(AppendError::TooLarge { bytes: longest, max: self.max_entry });
+        }
         for entry in entries {
             let record = Bytes::from(entry);
             let address = addressing(&record);
@@ -149,11 +155,11 @@ impl Appender {
     /// # Errors
     ///
     /// [`AppendError`]: some may be stored nevertheless.
-    pub async fn send_to(&self, group: &str, route: &str, entries: Vec<Bytes>) -> Result<(), AppendError> {
+    pub async fn send_to(&self, group: &str, entries: Vec<Bytes>) -> Result<(), AppendError> {
         let addressing = self.addressing.load_full();
         for some in entries.chunks(1000) {
             let sent = some.iter().map(|record| {
-                let groups = vec![(group.to_owned(), route.to_owned())];
+                let groups = vec![(group.to_owned(), "-".to_owned()), (REPLAYED.to_owned(), String::new())];
                 self.begin(record.clone(), addressing(record).key, groups).map_err(refused)
             });
             let sent = sent.collect::<Result<_, _>>()?;
@@ -193,7 +199,7 @@ fn refused(error: SendError) -> AppendError {
         SendError::Closed => AppendError::Closed,
         SendError::Local(Code::QueueFull) => AppendError::Busy,
         SendError::Local(Code::MessageSizeTooLarge) | SendError::Report(Code::MessageSizeTooLarge) => {
-            AppendError::TooLarge { bytes: 0, max: 0 }
+            AppendError::TooLarge { bytes: u64::MAX, max: 0 }
         }
         SendError::Local(code) | SendError::Report(code) => AppendError::Unconfirmed(code.to_string().into()),
     }

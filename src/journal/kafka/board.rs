@@ -37,7 +37,7 @@ struct Shared {
 #[derive(Default)]
 struct Notes {
     values: BTreeMap<String, Note>,
-    /// When the last of them was told, in milliseconds, by the clock of whoever told it.
+    /// When the last of them was told, in milliseconds, by the broker's clock.
     latest: i64,
 }
 

@@ -43,6 +43,9 @@ use crate::kafka;
 
 /// How long a member of a group may be silent before its partitions go to others, in milliseconds.
 const SESSION_TIMEOUT: &str = "10000";
+/// The longest record that librdkafka sends unless `options` say otherwise, and what an entry leaves free of it, in bytes.
+const MAX_MESSAGE: u64 = 1_000_000;
+const MESSAGE_MARGIN: u64 = 8192;
 /// Properties that are nobody's business but ours, beside those of [`kafka::take_reserved`].
 const RESERVED_OPTIONS: [(&str, &str); 8] = [
     ("group.id", "each sink is a group, which `prefix` and its name make up"),
@@ -92,8 +95,8 @@ impl KeyBy {
     }
 }
 
-/// The route of what an operator sends again.
-pub const REPLAYED: &str = "replay";
+/// The header by which an entry is known that an operator sends again. No sink can be called so.
+const REPLAYED: &str = "engage-relay:replayed";
 /// So many bits of a number that stands for a place are the offset's.
 const OFFSET_BITS: u32 = 44;
 
@@ -204,6 +207,12 @@ impl Config {
         Duration::from_millis(given.parse().unwrap_or(10_000))
     }
 
+    /// How long an entry may be, in bytes: what is said about it where it is parked or dead has to fit beside it.
+    fn max_entry(&self) -> u64 {
+        let given = self.options.get("message.max.bytes").and_then(|bytes| bytes.parse().ok());
+        given.unwrap_or(MAX_MESSAGE).saturating_sub(MESSAGE_MARGIN)
+    }
+
     /// What all clients have in common.
     pub fn client(&self) -> ClientConfig {
         let mut client = ClientConfig::new();
@@ -234,6 +243,12 @@ impl Config {
             .set("enable.auto.offset.store", "false")
             .set("auto.offset.reset", "earliest")
             .set("queued.max.messages.kbytes", "4096");
+        // A fetch for each event would cost brokers and relays more than storing it.
+        for (name, value) in [("fetch.min.bytes", "65536"), ("fetch.wait.max.ms", "10")] {
+            if !self.options.contains_key(name) {
+                client.set(name, value);
+            }
+        }
         client
     }
 }

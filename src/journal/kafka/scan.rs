@@ -163,6 +163,5 @@ fn written_since(
 
 fn is_replay(message: &BorrowedMessage<'_>) -> bool {
     let headers = message.headers();
-    let mut routes = headers.iter().flat_map(|headers| headers.iter()).map(|header| header.value);
-    routes.any(|route| route == Some(REPLAYED.as_bytes()))
+    headers.iter().flat_map(|headers| headers.iter()).any(|header| header.key == REPLAYED)
 }

@@ -73,10 +73,13 @@ async fn attempt(admin: &AdminClient<Log>, config: &Config) -> Result<Topics, Op
         check_replicas(config, topic, found.get(&topic.name))?;
     }
     let partitions = |name: &str| found.get(name).map_or(0, |found| found.partitions);
-    let (events, parked) = (partitions(&config.events()), partitions(&config.parked()));
-    if events != parked {
-        let reason = format!("it has {parked} partitions and {} has {events}: give it as many", config.events());
-        return Err(OpenError::Topic { topic: config.parked(), reason });
+    let events = partitions(&config.events());
+    for topic in [config.parked(), config.dead_letters()] {
+        let found = partitions(&topic);
+        if found != events {
+            let reason = format!("it has {found} partitions and {} has {events}: give it as many", config.events());
+            return Err(OpenError::Topic { topic, reason });
+        }
     }
     Ok(Topics { partitions: events })
 }
@@ -92,12 +95,14 @@ fn wanted(config: &Config) -> [Wanted; 4] {
             ("min.cleanable.dirty.ratio", "0.2".to_owned()),
         ]
     };
+    // How old what a replica tells is, is seen by the brokers' clock.
+    let told = compacted().into_iter().chain([("message.timestamp.type", "LogAppendTime".to_owned())]).collect();
     let topic = |name, partitions, settings, cleanup| Wanted { name, partitions, settings, cleanup };
     [
         topic(config.events(), config.partitions, events, "delete"),
         topic(config.parked(), config.partitions, compacted(), "compact"),
         topic(config.dead_letters(), config.partitions, compacted(), "compact"),
-        topic(config.control(), 1, compacted(), "compact"),
+        topic(config.control(), 1, told, "compact"),
     ]
 }
 

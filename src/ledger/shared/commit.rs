@@ -95,7 +95,10 @@ impl Commit for Committer {
                 self.lease.renew(begun);
                 Ok(())
             }
-            Err(error) if is_of_rebalance(&error) => Err("partitions are being shared out anew".to_owned()),
+            Err(error) if is_of_rebalance(&error) => {
+                self.lease.end();
+                Err("partitions are being shared out anew".to_owned())
+            }
             Err(error) => {
                 warn!(sink = self.sink, %error, "a transaction failed");
                 Err(error.to_string())

@@ -125,7 +125,7 @@ fn follow(consumer: &BaseConsumer<Log>, reader: &Mutex<Reader>) {
 }
 
 fn note(connection: &Connection, found: Vec<KafkaResult<(i64, Option<Died>)>>) -> rusqlite::Result<()> {
-    connection.execute_batch("BEGIN")?;
+    let transaction = connection.unchecked_transaction()?;
     for found in found {
         match found {
             Ok((id, Some(Died { sink, letter: Some((letter, died_at)), .. }))) => {
@@ -137,7 +137,7 @@ fn note(connection: &Connection, found: Vec<KafkaResult<(i64, Option<Died>)>>) -
             Err(error) => debug!(%error, "dead letters can't be read"),
         }
     }
-    connection.execute_batch("COMMIT")
+    transaction.commit()
 }
 
 fn insert(connection: &Connection, id: i64, sink: &str, dead: &DeadLetter, died_at: Millis) -> rusqlite::Result<()> {
