@@ -402,7 +402,7 @@ async fn a_deleted_replicas_parked_deliveries_go_out_from_another(kafka: &OwnBro
         if let Ok(message) = parked.recv().await {
             let key = String::from_utf8_lossy(message.key().expect("a key")).into_owned();
             // What says that a lane was opened is none.
-            keys.extend(Some(key).filter(|key| !key.ends_with("/opened")));
+            keys.extend(Some((message.partition(), key)).filter(|(_, key)| !key.ends_with("/opened")));
         }
         keys.len() == ids.len()
     })
