@@ -243,12 +243,6 @@ impl Config {
             .set("enable.auto.offset.store", "false")
             .set("auto.offset.reset", "earliest")
             .set("queued.max.messages.kbytes", "4096");
-        // A fetch for each event would cost brokers and relays more than storing it.
-        for (name, value) in [("fetch.min.bytes", "65536"), ("fetch.wait.max.ms", "10")] {
-            if !self.options.contains_key(name) {
-                client.set(name, value);
-            }
-        }
         client
     }
 }
