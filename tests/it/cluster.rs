@@ -216,12 +216,13 @@ async fn everything_arrives(kafka: &OwnBroker) {
     }
 }
 
-/// Each time that something ends or is added, one replica's deliveries are repeated: those that were under way, and those
-/// that it had settled since it last wrote how far it is. Of these there are as many as come in between two writes.
+/// Each time that something ends or is added, partitions may move between all replicas. Of each the deliveries are repeated
+/// that were under way, and those that it had settled since it last wrote how far it is: as many as come in between two
+/// writes.
 fn most_repeats(events: usize) -> usize {
     let rate = events / usize::try_from(SPREAD.as_secs()).expect("not so long") + 1;
     let between_writes = rate / WRITES_PER_SECOND + 1;
-    FAULTS.iter().map(|fault| fault.count() * (AT_ONCE + between_writes)).sum()
+    FAULTS.iter().map(|fault| fault.count() * AT_FIRST * (AT_ONCE + between_writes)).sum()
 }
 
 // ---- a frozen replica --------------------------------------------------------------------------------------------
