@@ -12,7 +12,7 @@ use rdkafka::error::KafkaError;
 use rdkafka::producer::{DeliveryResult, ProducerContext};
 use tracing::{debug, info, warn};
 
-pub use producer::{Producer, Record, SendError, Sent};
+pub use producer::{Place, Producer, Record, SendError, Sent};
 
 /// librdkafka properties that nobody may set, and why.
 pub const RESERVED_OPTIONS: [(&str, &str); 12] = [

@@ -3,6 +3,7 @@
 //! `storage` opens a journal and a ledger of this relay's own, or ones that it shares with others. `lanes` are those of a
 //! journal on disk; `cluster` has a `post` for each sink where the journal is shared.
 
+mod addressing;
 mod cluster;
 mod lanes;
 mod metrics;

@@ -36,7 +36,7 @@ impl Topic {
         client
             .set("bootstrap.servers", brokers)
             .set("socket.nagle.disable", "true")
-            .set("linger.ms", "1")
+            .set("max.in.flight", "1")
             .set("queue.buffering.max.messages", "100000")
             .set("queue.buffering.max.kbytes", "131072")
             .set("message.timeout.ms", "5000")

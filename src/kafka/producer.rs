@@ -20,6 +20,8 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Record {
     /// Where to.
     pub topic: String,
+    /// Which; the key decides without it.
+    pub partition: Option<i32>,
     /// What decides about the partition; any without it.
     pub key: Option<String>,
     /// Names and values.
@@ -32,6 +34,15 @@ pub struct Record {
 pub struct Sent {
     producer: FutureProducer<Log>,
     report: DeliveryFuture,
+}
+
+/// Where a record is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which.
+    pub partition: i32,
+    /// In it.
+    pub offset: i64,
 }
 
 /// Why a record was not accepted.
@@ -79,7 +90,7 @@ impl Producer {
     /// # Errors
     ///
     /// [`SendError`].
-    pub async fn send(&self, record: &Record) -> Result<(), SendError> {
+    pub async fn send(&self, record: &Record) -> Result<Place, SendError> {
         self.arrived(self.begin(record)?).await
     }
 
@@ -97,6 +108,9 @@ impl Producer {
         if let Some(key) = &record.key {
             message = message.key(key);
         }
+        if let Some(partition) = record.partition {
+            message = message.partition(partition);
+        }
         match producer.send_result(message) {
             Ok(report) => Ok(Sent { producer, report }),
             Err((error, _message)) => {
@@ -111,9 +125,9 @@ impl Producer {
     /// # Errors
     ///
     /// [`SendError`].
-    pub async fn arrived(&self, Sent { producer, report }: Sent) -> Result<(), SendError> {
+    pub async fn arrived(&self, Sent { producer, report }: Sent) -> Result<Place, SendError> {
         let result = match report.await {
-            Ok(Ok(_accepted)) => return Ok(()),
+            Ok(Ok(accepted)) => return Ok(Place { partition: accepted.partition, offset: accepted.offset }),
             Ok(Err((error, _message))) => Err(SendError::Report(code_of(&error))),
             Err(_canceled) => Err(SendError::Closed),
         };

@@ -124,8 +124,8 @@ pub(super) fn replayed(order_by: OrderBy, position: Position, event: &Event, now
 }
 
 /// An event that no route matches, as a dead letter.
-pub(super) fn unrouted(position: Position, event: &Event) -> Change {
-    Change::Bury(Box::new(DeadLetter {
+pub fn unrouted(position: Position, event: &Event) -> DeadLetter {
+    DeadLetter {
         position,
         event_id: event.id().to_string(),
         status: event.field(Field::Status).map(str::to_owned),
@@ -137,12 +137,12 @@ pub(super) fn unrouted(position: Position, event: &Event) -> Change {
         attempts: 0,
         first_failed_at: None,
         record: event.record(),
-    }))
+    }
 }
 
 /// An entry that this version can't read, as a dead letter.
-pub(super) fn unreadable(position: Position, record: bytes::Bytes, error: String) -> Change {
-    Change::Bury(Box::new(DeadLetter {
+pub fn unreadable(position: Position, record: bytes::Bytes, error: String) -> DeadLetter {
+    DeadLetter {
         position,
         event_id: "-".to_owned(),
         status: None,
@@ -154,5 +154,5 @@ pub(super) fn unreadable(position: Position, record: bytes::Bytes, error: String
         attempts: 0,
         first_failed_at: None,
         record,
-    }))
+    }
 }

@@ -75,8 +75,8 @@ impl Metrics {
         drop(self.attempt_seconds.remove_label_values(&[sink]));
     }
 
-    /// What the lane of unrouted events counts.
-    pub(super) fn unrouted(&self) -> &IntCounter {
+    /// What counts the events that no route matches.
+    pub fn unrouted(&self) -> &IntCounter {
         &self.unrouted
     }
 }

@@ -50,9 +50,11 @@ pub use config::{Config, OrderBy, Rate, StartAt};
 pub use control::{Control, Failure, Kept, Status, Stopped, Whereabouts};
 pub use controls::Controls;
 pub use course::{Course, TooManyChanges};
+pub use delivery::{unreadable as unreadable_letter, unrouted as unrouted_letter};
 pub use metrics::Metrics;
 pub use retry::{Retry, Waits};
 pub use unrouted::Unrouted;
+pub use warnings::Throttle;
 
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
@@ -66,7 +68,6 @@ use parking::Parking;
 use rate::Limit;
 use source::{Batch, Filter, Found, Route, Source};
 use storage::Storing;
-use warnings::Throttle;
 use window::Window;
 
 /// The most events between the cursor and what was read last, and the most bytes of them that are not settled.
@@ -380,7 +381,7 @@ impl Lane {
                 Found::Event { event, route } => self.admit_event(position, event, route),
                 Found::Unreadable { record, error } => {
                     error!(sink = %self.name, position = position.to_stored(), %error, "an event can't be read; it is a dead letter now");
-                    self.changes.push(delivery::unreadable(position, record, error));
+                    self.changes.push(Change::Bury(Box::new(delivery::unreadable(position, record, error))));
                     self.unwritten = true;
                 }
             }
@@ -414,7 +415,7 @@ impl Lane {
             Err(error) => {
                 error!(sink = %self.name, row = row.id, %error, "a parked event can't be read; it is a dead letter now");
                 let letter = delivery::unreadable(position, row.record, error.to_string());
-                self.changes.extend([letter, Change::Unpark { id: row.id }]);
+                self.changes.extend([Change::Bury(Box::new(letter)), Change::Unpark { id: row.id }]);
                 self.parking.remove(key);
                 self.unwritten = true;
                 return;

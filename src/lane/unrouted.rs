@@ -108,11 +108,11 @@ impl Unrouted {
                 Found::Event { event, .. } => {
                     unrouted += 1;
                     if self.keep {
-                        self.letters.push(delivery::unrouted(position, &event));
+                        self.letters.push(Change::Bury(Box::new(delivery::unrouted(position, &event))));
                     }
                 }
                 Found::Unreadable { record, error } => {
-                    self.letters.push(delivery::unreadable(position, record, error));
+                    self.letters.push(Change::Bury(Box::new(delivery::unreadable(position, record, error))));
                 }
             }
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Lets a few warnings through per interval, with a count of those that were held back.
-pub(super) struct Throttle {
+pub struct Throttle {
     allowed: u32,
     begun: Option<Instant>,
     admitted: u32,
@@ -27,7 +27,7 @@ impl Throttle {
     }
 
     /// How many were held back since the last, if this one may be written.
-    pub(super) fn admit(&mut self, now: Instant) -> Option<u64> {
+    pub fn admit(&mut self, now: Instant) -> Option<u64> {
         if self.begun.is_none_or(|begun| now >= begun + INTERVAL) {
             (self.begun, self.admitted) = (Some(now), 0);
         }

@@ -22,8 +22,10 @@ use std::time::{Duration, Instant};
 use rdkafka::error::KafkaError;
 use rusqlite::Connection;
 
-use super::{Account, Ledger, LedgerError, Progress, Written, changes, schema};
+use super::{Account, DeadLetter, Ledger, LedgerError, Progress, Written, changes, schema};
+use crate::journal::Position;
 use crate::journal::kafka::{Config, Member};
+use crate::kafka::{Place, Record};
 use commit::Committer;
 
 pub use letters::Letters;
@@ -47,6 +49,12 @@ pub struct Loaded {
     pub progress: Progress,
     /// How many parked deliveries there are of each key.
     pub parked: Vec<(Option<String>, usize)>,
+}
+
+/// What is written for a dead letter that no lane has seen: its event is at this place in the journal.
+pub fn dead_letter(topic: &str, sink: &str, place: Place, letter: DeadLetter) -> Record {
+    let letter = DeadLetter { position: Position::from_stored(place.offset), ..letter };
+    records::of_dead(topic, sink, place.partition, &letter, super::now())
 }
 
 /// How long a sink's partitions are certainly this replica's: from the last transaction that was accepted, as long as a

@@ -12,13 +12,12 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::RunError;
+use super::addressing::ByRules;
 use super::lanes::{Carries, Changes, Plan, close};
 use super::post::Post;
 use crate::admin::{self, Live, Outcome, Reload};
-use crate::event::{Event, Field};
-use crate::journal::kafka::{Address, Addressing, Board, Journal, KeyBy};
+use crate::journal::kafka::{Board, Journal};
 use crate::lane::{Controls, Course, Metrics, Phase, Remains};
-use crate::routing::{Scratch, Table, UNROUTED};
 use crate::rules::Rules;
 use crate::sink::BuildError;
 use crate::telemetry::Traces;
@@ -46,32 +45,6 @@ struct Running {
     task: JoinHandle<Remains>,
 }
 
-/// Says for whom an event is, by rules.
-pub(super) fn addressing(table: &Arc<Table>, key: KeyBy) -> Addressing {
-    let (table, key) = (
-        Arc::clone(table),
-        match key {
-            KeyBy::MessageId => Field::MessageId,
-            KeyBy::RecipientId => Field::RecipientId,
-            KeyBy::SenderId => Field::SenderId,
-        },
-    );
-    Arc::new(move |record| {
-        let unrouted = || vec![(UNROUTED.to_owned(), "-".to_owned())];
-        // The lane of what no route matches says what is wrong with it.
-        let Ok(event) = Event::decode(record.clone()) else { return Address { key: None, groups: unrouted() } };
-        let (mut scratch, sinks) = (Scratch::default(), table.sinks());
-        let found = table.matches(&event, &mut scratch).iter();
-        let groups: Vec<_> = found
-            .filter_map(|found| Some((sinks.get(found.sink.0)?.clone(), table.route_name(found.route).to_owned())))
-            .collect();
-        let groups = if groups.is_empty() { unrouted() } else { groups };
-        // A message's events stay together in any case.
-        let key = event.field(key).or_else(|| event.field(Field::MessageId));
-        Address { key: key.map(str::to_owned), groups }
-    })
-}
-
 impl Cluster {
     /// Starts a post for each sink.
     pub(super) fn start(
@@ -91,7 +64,6 @@ impl Cluster {
         for sink in &cluster.rules.sinks {
             wanted.push((sink.name.clone(), Carries::build(sink, cluster.traces.as_ref())?));
         }
-        wanted.push((UNROUTED.to_owned(), Carries::Unrouted));
         for (name, carries) in wanted {
             cluster.spawn(name, carries, Controls::default())?;
         }
@@ -125,19 +97,14 @@ impl Cluster {
             self.spawn(name.clone(), carries, Controls::default())?;
             changes.added.push(name);
         }
-        self.journal.readdress(addressing(&rules.table, self.journal.config().key));
+        self.journal.readdress(Box::new(ByRules::new(&rules.table, self.journal.config(), &self.metrics)));
         for (name, carries) in plan.replaced {
             let controls = self.end(&name, false);
             self.spawn(name.clone(), carries, controls)?;
             changes.changed.push(name);
         }
-        if rules.table.keeps_unrouted() != self.rules.table.keeps_unrouted() {
-            let controls = self.end(UNROUTED, false);
-            self.rules = rules.clone();
-            self.spawn(UNROUTED.to_owned(), Carries::Unrouted, controls)?;
-        }
-        let is_wanted = |name: &String| name == UNROUTED || rules.table.sink(name).is_some();
-        for name in self.posts.keys().filter(|name| !is_wanted(name)).cloned().collect::<Vec<_>>() {
+        let is_gone = |name: &&String| rules.table.sink(name).is_none();
+        for name in self.posts.keys().filter(is_gone).cloned().collect::<Vec<_>>() {
             self.end(&name, true);
             self.metrics.forget(&name);
             changes.removed.push(name);

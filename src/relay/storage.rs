@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use tracing::{error, warn};
 
 use super::RunError;
-use super::cluster::{Cluster, addressing};
+use super::addressing::ByRules;
+use super::cluster::Cluster;
 use super::lanes::{self, Changes, Lanes, Plan};
 use super::metrics::Metrics;
 use crate::admin::{self, Letters, Live, Reload};
@@ -109,7 +110,7 @@ impl Opened {
         traces: Option<&Traces>,
     ) -> Result<Self, RunError> {
         let config = config.journal.kafka();
-        let addressing = addressing(&rules.table, config.key);
+        let addressing = Box::new(ByRules::new(&rules.table, &config, &metrics.lanes));
         let journal = Arc::new(kafka::Journal::open(config.clone(), addressing).await?);
         let letters = Letters::Shared {
             letters: ledger::shared::Letters::open(&config, journal.ends().partitions())?,

@@ -202,6 +202,8 @@ async fn topics_that_would_lose_events_are_refused() {
     refused("events", &[("cleanup.policy", "compact")], "cleanup.policy is \"compact\", and should be delete").await;
     refused("events", &[("retention.ms", "60000")], "retention.ms is \"60000\", and should be at least").await;
     refused("events", &[("retention.bytes", "1000000")], "retention.bytes is \"1000000\", and should be -1").await;
+    refused("events", &[("max.message.bytes", "900000")], "max.message.bytes is \"900000\", and should be at least")
+        .await;
     refused("parked", &[("cleanup.policy", "delete")], "cleanup.policy is \"delete\", and should be compact").await;
     let unclean = [("cleanup.policy", "compact"), ("unclean.leader.election.enable", "true")];
     refused("dead-letters", &unclean, "election.enable is \"true\", and should be false").await;

@@ -11,18 +11,20 @@ use futures_util::future::{BoxFuture, try_join_all};
 use rdkafka::error::RDKafkaErrorCode as Code;
 
 use super::topics::{self, Topics};
-use super::{Addressing, Config, Ends, OpenError, REPLAYED, ReadError, Scan, scan};
+use super::{Address, Addressing, Aside, Config, Ends, OpenError, REPLAYED, ReadError, Scan, scan};
 use crate::journal::{AppendError, Position, Start};
-use crate::kafka::{Log, Producer, Record, SendError};
+use crate::kafka::{Log, Producer, Record, SendError, Sent};
 
 /// How long brokers may take to be there.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// What a header takes besides its name and value, in bytes.
+const HEADER_OVERHEAD: usize = 10;
 
 /// A journal that is ready to be written to.
 pub struct Journal {
     config: Config,
     producer: Arc<Producer>,
-    addressing: Arc<ArcSwap<Addressing>>,
+    addressing: Arc<ArcSwap<Box<dyn Addressing>>>,
     ends: Ends,
 }
 
@@ -31,7 +33,7 @@ pub struct Journal {
 pub struct Appender {
     topic: Arc<str>,
     producer: Arc<Producer>,
-    addressing: Arc<ArcSwap<Addressing>>,
+    addressing: Arc<ArcSwap<Box<dyn Addressing>>>,
     /// In bytes.
     max_entry: u64,
 }
@@ -75,7 +77,7 @@ impl Journal {
     /// # Errors
     ///
     /// [`OpenError`].
-    pub async fn open(config: Config, addressing: Addressing) -> Result<Self, OpenError> {
+    pub async fn open(config: Config, addressing: Box<dyn Addressing>) -> Result<Self, OpenError> {
         let Topics { partitions } = topics::prepare(&config, PATIENCE).await?;
         let producer = Producer::new(Log::default(), producer(&config));
         producer.prepare()?;
@@ -106,7 +108,7 @@ impl Journal {
     }
 
     /// Addresses entries otherwise from now on.
-    pub fn readdress(&self, addressing: Addressing) {
+    pub fn readdress(&self, addressing: Box<dyn Addressing>) {
         self.addressing.store(Arc::new(addressing));
     }
 
@@ -119,8 +121,11 @@ impl Journal {
 fn producer(config: &Config) -> rdkafka::ClientConfig {
     let timeout = config.timeout.as_millis().to_string();
     let mut client = config.client();
-    if !config.options.contains_key("linger.ms") {
-        client.set("linger.ms", "1");
+    // A broker answers a connection's requests one after the other: events that come meanwhile had better wait here, and go
+    // out together, than behind it in many small requests.
+    if !["max.in.flight", "max.in.flight.requests.per.connection"].iter().any(|name| config.options.contains_key(*name))
+    {
+        client.set("max.in.flight", "1");
     }
     client
         .set("queue.buffering.max.messages", "100000")
@@ -137,15 +142,19 @@ impl Appender {
     /// Sends the entries. The result is ready when all in-sync replicas have them.
     pub(in crate::journal) fn append(&self, entries: Vec<Vec<u8>>) -> Result<Append, AppendError> {
         let addressing = self.addressing.load();
-        let mut sent = Vec::with_capacity(entries.len());
-        let longest = entries.iter().map(Vec::len).max().unwrap_or(0) as u64;
+        let entries = entries.into_iter().map(|entry| {
+            let entry = Bytes::from(entry);
+            let address = addressing.address(&entry);
+            (entry, address)
+        });
+        let entries: Vec<_> = entries.collect();
+        let longest = entries.iter().map(|(entry, address)| size(entry, address)).max().unwrap_or(0);
         if longest > self.max_entry {
             return Err(AppendError::TooLarge { bytes: longest, max: self.max_entry });
         }
-        for entry in entries {
-            let record = Bytes::from(entry);
-            let address = addressing(&record);
-            sent.push(self.begin(record, address.key, address.groups).map_err(refused)?);
+        let mut sent = Vec::with_capacity(entries.len());
+        for (entry, Address { key, groups, aside }) in entries {
+            sent.push((self.begin(entry, key, groups)?, aside));
         }
         Ok(self.arrived(sent))
     }
@@ -158,32 +167,49 @@ impl Appender {
     pub async fn send_to(&self, group: &str, entries: Vec<Bytes>) -> Result<(), AppendError> {
         let addressing = self.addressing.load_full();
         for some in entries.chunks(1000) {
-            let sent = some.iter().map(|record| {
+            let sent = some.iter().map(|entry| {
                 let groups = vec![(group.to_owned(), "-".to_owned()), (REPLAYED.to_owned(), String::new())];
-                self.begin(record.clone(), addressing(record).key, groups).map_err(refused)
+                Ok((self.begin(entry.clone(), addressing.key(entry), groups)?, None))
             });
-            let sent = sent.collect::<Result<_, _>>()?;
+            let sent = sent.collect::<Result<_, AppendError>>()?;
             self.arrived(sent).await?;
         }
         Ok(())
     }
 
-    fn begin(
-        &self,
-        body: Bytes,
-        key: Option<String>,
-        headers: Vec<(String, String)>,
-    ) -> Result<crate::kafka::Sent, SendError> {
-        self.producer.begin(&Record { topic: self.topic.to_string(), key, headers, body })
+    fn begin(&self, body: Bytes, key: Option<String>, headers: Vec<(String, String)>) -> Result<Sent, AppendError> {
+        let record = Record { topic: self.topic.to_string(), partition: None, key, headers, body };
+        self.producer.begin(&record).map_err(refused)
     }
 
-    fn arrived(&self, sent: Vec<crate::kafka::Sent>) -> Append {
+    fn arrived(&self, sent: Vec<(Sent, Option<Aside>)>) -> Append {
+        let has_aside = sent.iter().any(|(_, aside)| aside.is_some());
         let producer = Arc::clone(&self.producer);
-        Append(Box::pin(async move {
-            let all = sent.into_iter().map(|sent| producer.arrived(sent));
+        let arrived = async move {
+            let all = sent.into_iter().map(|(sent, aside)| stored(&producer, sent, aside));
             try_join_all(all).await.map(drop).map_err(refused)
-        }))
+        };
+        if !has_aside {
+            return Append(Box::pin(arrived));
+        }
+        // A task of its own: dropping an append takes nothing back.
+        let task = tokio::spawn(arrived);
+        Append(Box::pin(async move { task.await.unwrap_or(Err(AppendError::Closed)) }))
     }
+}
+
+/// What an entry takes, with what it is sent with, in bytes.
+fn size(entry: &Bytes, address: &Address) -> u64 {
+    let groups = address.groups.iter().map(|(group, route)| group.len() + route.len() + HEADER_OVERHEAD);
+    (entry.len() + groups.sum::<usize>()) as u64
+}
+
+async fn stored(producer: &Producer, sent: Sent, aside: Option<Aside>) -> Result<(), SendError> {
+    let place = producer.arrived(sent).await?;
+    if let Some(aside) = aside {
+        producer.send(&aside(place)).await?;
+    }
+    Ok(())
 }
 
 impl Future for Append {
@@ -198,9 +224,6 @@ fn refused(error: SendError) -> AppendError {
     match error {
         SendError::Closed => AppendError::Closed,
         SendError::Local(Code::QueueFull) => AppendError::Busy,
-        SendError::Local(Code::MessageSizeTooLarge) | SendError::Report(Code::MessageSizeTooLarge) => {
-            AppendError::TooLarge { bytes: u64::MAX, max: 0 }
-        }
         SendError::Local(code) | SendError::Report(code) => AppendError::Unconfirmed(code.to_string().into()),
     }
 }

@@ -22,7 +22,6 @@ mod scan;
 mod topics;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -39,13 +38,15 @@ pub use scan::Scan;
 pub use topics::prepare;
 
 use super::Position;
-use crate::kafka;
+use crate::kafka::{self, Place, Record};
 
 /// How long a member of a group may be silent before its partitions go to others, in milliseconds.
 const SESSION_TIMEOUT: &str = "10000";
 /// The longest record that librdkafka sends unless `options` say otherwise, and what an entry leaves free of it, in bytes.
 const MAX_MESSAGE: u64 = 1_000_000;
 const MESSAGE_MARGIN: u64 = 8192;
+/// The property that says otherwise.
+const MESSAGE_MAX: &str = "message.max.bytes";
 /// Properties that are nobody's business but ours, beside those of [`kafka::take_reserved`].
 const RESERVED_OPTIONS: [(&str, &str); 8] = [
     ("group.id", "each sink is a group, which `prefix` and its name make up"),
@@ -111,17 +112,27 @@ pub fn place_of(number: Position) -> (i32, i64) {
     (i32::try_from(number >> OFFSET_BITS).unwrap_or(-1), number & ((1 << OFFSET_BITS) - 1))
 }
 
-/// What an entry is sent with.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// Says where entries go.
+pub trait Addressing: Send + Sync {
+    /// What an entry's partition is chosen by; any without it.
+    fn key(&self, entry: &Bytes) -> Option<String>;
+
+    /// For whom an entry is that was accepted just now.
+    fn address(&self, entry: &Bytes) -> Address;
+}
+
+/// For whom an entry is.
 pub struct Address {
     /// What its partition is chosen by; any without it.
     pub key: Option<String>,
     /// The groups that it is for, each with the route that says so.
     pub groups: Vec<(String, String)>,
+    /// What has to be written besides, for the entry to count as appended.
+    pub aside: Option<Aside>,
 }
 
-/// Says where an entry goes.
-pub type Addressing = Arc<dyn Fn(&Bytes) -> Address + Send + Sync>;
+/// What is written once it is known where an entry is.
+pub type Aside = Box<dyn FnOnce(Place) -> Record + Send>;
 
 impl Default for Config {
     fn default() -> Self {
@@ -207,10 +218,14 @@ impl Config {
         Duration::from_millis(given.parse().unwrap_or(10_000))
     }
 
+    /// How long a record may be, in bytes.
+    fn max_message(&self) -> u64 {
+        self.options.get(MESSAGE_MAX).and_then(|bytes| bytes.parse().ok()).unwrap_or(MAX_MESSAGE)
+    }
+
     /// How long an entry may be, in bytes: what is said about it where it is parked or dead has to fit beside it.
     fn max_entry(&self) -> u64 {
-        let given = self.options.get("message.max.bytes").and_then(|bytes| bytes.parse().ok());
-        given.unwrap_or(MAX_MESSAGE).saturating_sub(MESSAGE_MARGIN)
+        self.max_message().saturating_sub(MESSAGE_MARGIN)
     }
 
     /// What all clients have in common.

@@ -18,6 +18,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(200);
 /// How long to wait before brokers are asked again that did not answer.
 const PAUSE: Duration = Duration::from_secs(1);
+/// The longest batch of records that brokers take unless they are told otherwise, in bytes.
+const MAX_MESSAGE: u64 = 1_048_588;
 
 /// What was found.
 pub struct Topics {
@@ -107,9 +109,10 @@ fn wanted(config: &Config) -> [Wanted; 4] {
 }
 
 async fn create(admin: &AdminClient<Log>, config: &Config, topic: &Wanted) -> Result<(), OpenError> {
-    let min_insync = config.min_insync.to_string();
+    let (min_insync, max_message) = (config.min_insync.to_string(), config.max_message().max(MAX_MESSAGE).to_string());
     let mut new = NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(config.replication))
         .set("min.insync.replicas", &min_insync)
+        .set("max.message.bytes", &max_message)
         .set("unclean.leader.election.enable", "false");
     for (name, value) in &topic.settings {
         new = new.set(name, value);
@@ -193,6 +196,11 @@ fn check_settings(config: &Config, topic: &Wanted, settings: &HashMap<&str, &Con
     if value("unclean.leader.election.enable") != "false" {
         let why = "a broker that lacks what was acknowledged could become the leader";
         return refuse("unclean.leader.election.enable", "false", why);
+    }
+    let (taken, sent) = (number("max.message.bytes"), i64::try_from(config.max_message()).unwrap_or(i64::MAX));
+    if taken < sent {
+        let should = format!("at least message.max.bytes of journal.options, {sent}");
+        return refuse("max.message.bytes", &should, "events would be refused, alone or with others");
     }
     if topic.cleanup == "delete" {
         let (kept, wanted) = (number("retention.ms"), i64::try_from(config.retention.as_millis()).unwrap_or(i64::MAX));

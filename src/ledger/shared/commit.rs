@@ -1,7 +1,7 @@
 //! Writing: one transaction of Kafka for what one of SQLite has changed.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rdkafka::consumer::ConsumerGroupMetadata;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
@@ -18,6 +18,9 @@ use crate::kafka::Log;
 /// After so long without an end the coordinator aborts a transaction, in milliseconds. Whoever takes a partition over may
 /// have to wait for that.
 const TRANSACTION_TIMEOUT: &str = "10000";
+/// How often there is a transaction at most: each costs the brokers a dozen writes. What lanes ask for meanwhile goes into the
+/// next.
+const PACE: Duration = Duration::from_millis(100);
 
 /// Writes one sink's transactions.
 pub(super) struct Committer {
@@ -31,12 +34,22 @@ pub(super) struct Committer {
     transactional_id: String,
     /// Made when it is needed, and again when it has failed for good.
     transactor: Option<Transactor>,
+    not_before: Instant,
 }
 
 impl Committer {
     pub(super) fn new(config: Config, sink: &str, member: Member, lease: Lease) -> Self {
         let transactional_id = format!("{}.{:016x}", config.group(sink), rand::random::<u64>());
-        Self { config, sink: sink.to_owned(), member, lease, right: None, transactional_id, transactor: None }
+        Self {
+            config,
+            sink: sink.to_owned(),
+            member,
+            lease,
+            right: None,
+            transactional_id,
+            transactor: None,
+            not_before: Instant::now(),
+        }
     }
 
     fn producer(&self) -> ClientConfig {
@@ -89,7 +102,9 @@ impl Commit for Committer {
     }
 
     fn commit(&mut self, written: &[Written]) -> Result<(), String> {
+        std::thread::sleep(self.not_before.saturating_duration_since(Instant::now()));
         let begun = Instant::now();
+        self.not_before = begun + PACE;
         match self.transact(written) {
             Ok(()) => {
                 self.lease.renew(begun);

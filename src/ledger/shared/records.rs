@@ -18,9 +18,12 @@ use serde::{Deserialize, Serialize};
 use super::super::{DeadLetter, Millis, Parked, Progress, Written};
 use crate::journal::Position;
 use crate::journal::kafka::number_of;
+use crate::kafka;
 
 /// The end of the key of a partition's mark.
 const OPENED: &str = "opened";
+/// The header that says what has become of a dead letter.
+const DEAD: &str = "dead";
 /// The most bytes of settled positions: a broker's limit on an offset's metadata is 4096, and Base64 takes a third more.
 /// Deliveries further ahead than that are repeated when another replica takes over.
 const MAX_AHEAD: usize = 3000;
@@ -105,11 +108,26 @@ pub(super) fn of(sink: &str, written: &Written) -> Option<Record> {
         Written::Dead { lane, letter, died_at } => Some(Record {
             is_dead: true,
             partition: number(lane),
-            key: format!("{sink}/{lane}/{}", letter.position.to_stored()),
+            key: dead_key(sink, number(lane), letter.position),
             value: Some(letter.record.clone()),
-            headers: Some(header("dead", &dead_meta(letter, *died_at))),
+            headers: Some(header(DEAD, &dead_meta(letter, *died_at))),
         }),
     }
+}
+
+/// A dead letter that no lane has written, for an entry of this partition.
+pub(super) fn of_dead(topic: &str, sink: &str, partition: i32, letter: &DeadLetter, died_at: Millis) -> kafka::Record {
+    kafka::Record {
+        topic: topic.to_owned(),
+        partition: Some(partition),
+        key: Some(dead_key(sink, partition, letter.position)),
+        headers: vec![(DEAD.to_owned(), to_json(&dead_meta(letter, died_at)))],
+        body: letter.record.clone(),
+    }
+}
+
+fn dead_key(sink: &str, partition: i32, position: Position) -> String {
+    format!("{sink}/{partition}/{}", position.to_stored())
 }
 
 /// Reads a record of what is parked, if it is the sink's.
@@ -146,7 +164,7 @@ pub(super) fn read_dead(message: &BorrowedMessage<'_>) -> Option<Died> {
     let position = number_of(partition.parse().ok()?, offset.parse().ok()?);
     let sink = sink.to_owned();
     let Some(record) = message.payload() else { return Some(Died { sink, position, letter: None }) };
-    let meta: DeadMeta = read_header("dead", message)?;
+    let meta: DeadMeta = read_header(DEAD, message)?;
     let letter = DeadLetter {
         position,
         event_id: meta.event_id,
@@ -221,9 +239,12 @@ fn dead_meta(letter: &DeadLetter, died_at: Millis) -> DeadMeta {
 }
 
 fn header(name: &str, meta: &impl Serialize) -> OwnedHeaders {
-    // Strings and numbers are always JSON.
-    let text = serde_json::to_string(meta).unwrap_or_default();
-    OwnedHeaders::new_with_capacity(1).insert(Header { key: name, value: Some(&text) })
+    OwnedHeaders::new_with_capacity(1).insert(Header { key: name, value: Some(&to_json(meta)) })
+}
+
+/// Strings and numbers are always JSON.
+fn to_json(meta: &impl Serialize) -> String {
+    serde_json::to_string(meta).unwrap_or_default()
 }
 
 fn read_header<T: for<'d> Deserialize<'d>>(name: &str, message: &BorrowedMessage<'_>) -> Option<T> {

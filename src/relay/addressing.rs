@@ -1,0 +1,85 @@
+//! For whom an event is in a journal that relays share. That is settled when it is accepted, by the rules in force here.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tracing::{error, warn};
+
+use crate::event::{Event, Field};
+use crate::journal::Position;
+use crate::journal::kafka::{Address, Addressing, Aside, Config, KeyBy};
+use crate::lane::{Metrics, Throttle, unreadable_letter, unrouted_letter};
+use crate::ledger::{DeadLetter, shared};
+use crate::routing::{Scratch, Table, UNROUTED};
+
+/// Addresses events as rules say. What no route matches is a dead letter from the start, and nobody has to read the journal
+/// for it.
+pub(super) struct ByRules {
+    table: Arc<Table>,
+    key: Field,
+    dead_letters: Arc<str>,
+    metrics: Metrics,
+    warnings: Mutex<Throttle>,
+}
+
+impl ByRules {
+    pub(super) fn new(table: &Arc<Table>, config: &Config, metrics: &Metrics) -> Self {
+        let key = match config.key {
+            KeyBy::MessageId => Field::MessageId,
+            KeyBy::RecipientId => Field::RecipientId,
+            KeyBy::SenderId => Field::SenderId,
+        };
+        let (table, dead_letters) = (Arc::clone(table), config.dead_letters().into());
+        Self { table, key, dead_letters, metrics: metrics.clone(), warnings: Mutex::default() }
+    }
+
+    /// A message's events stay together in any case.
+    fn key_of(&self, event: &Event) -> Option<String> {
+        event.field(self.key).or_else(|| event.field(Field::MessageId)).map(str::to_owned)
+    }
+
+    fn unrouted(&self, event: &Event) -> Option<Aside> {
+        self.metrics.unrouted().inc();
+        if !self.table.keeps_unrouted() {
+            return None;
+        }
+        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(suppressed) = warnings.admit(Instant::now()) {
+            warn!(suppressed, "no route matches; the event is a dead letter of the sink unrouted");
+        }
+        Some(self.dead(unrouted_letter(Position::ZERO, event)))
+    }
+
+    fn dead(&self, letter: DeadLetter) -> Aside {
+        let topic = Arc::clone(&self.dead_letters);
+        Box::new(move |place| shared::dead_letter(&topic, UNROUTED, place, letter))
+    }
+}
+
+impl Addressing for ByRules {
+    fn key(&self, entry: &Bytes) -> Option<String> {
+        self.key_of(&Event::decode(entry.clone()).ok()?)
+    }
+
+    fn address(&self, entry: &Bytes) -> Address {
+        let event = match Event::decode(entry.clone()) {
+            Ok(event) => event,
+            Err(error) => {
+                error!(%error, "an event can't be read that came just now; it is a dead letter");
+                let letter = unreadable_letter(Position::ZERO, entry.clone(), error.to_string());
+                return Address { key: None, groups: Vec::new(), aside: Some(self.dead(letter)) };
+            }
+        };
+        let mut scratch = Scratch::default();
+        let found = self.table.matches(&event, &mut scratch).iter();
+        let groups: Vec<_> = found
+            .filter_map(|found| {
+                let sink = self.table.sinks().get(found.sink.0)?;
+                Some((sink.clone(), self.table.route_name(found.route).to_owned()))
+            })
+            .collect();
+        let aside = if groups.is_empty() { self.unrouted(&event) } else { None };
+        Address { key: self.key_of(&event), groups, aside }
+    }
+}
