@@ -5,6 +5,7 @@
 
 mod addressing;
 mod cluster;
+mod in_force;
 mod lanes;
 mod metrics;
 mod post;
@@ -38,8 +39,6 @@ use storage::{Carriers, Opened, Storage};
 
 pub(crate) use storage::lock_data_dir;
 
-/// How long sinks may take to close their connections.
-const SINK_CLOSE: Duration = Duration::from_secs(3);
 /// How long answers may take that tell senders of a failed journal.
 const FAILED_GRACE: Duration = Duration::from_secs(1);
 
@@ -124,7 +123,7 @@ impl Relay {
         let traces = config.telemetry.traces()?;
         let metrics = Metrics::new()?;
         let opened = Opened::open(config, rules, &metrics, traces.as_ref()).await?;
-        let Opened { storage, carriers, journal, letters, cluster } = opened;
+        let Opened { storage, mut carriers, journal, letters, cluster } = opened;
         let (access, generated) = Access::new(&config.ingress, &config.data_dir)?;
         if let Some(path) = generated {
             info!(file = %path.display(), "no token is configured; senders need the one in this file");
@@ -137,7 +136,7 @@ impl Relay {
         let certificates = certificates(&gates);
         let (reloads, reload) = Reloads::new(origin, config.clone(), gates, metrics.reloads);
         let operated = Operated {
-            live: carriers.live(),
+            live: carriers.in_force().live(),
             lanes: metrics.lanes,
             unready: unready(&journal, shutdown.clone()),
             journal,

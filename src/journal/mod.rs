@@ -306,8 +306,16 @@ impl Reader {
         }
     }
 
+    /// Whether [`Reader::read`] may wait for something.
+    pub fn blocks(&self) -> bool {
+        match self {
+            Self::Disk(_) | Self::Scan(_) => true,
+            Self::Kafka(_) => false,
+        }
+    }
+
     /// Reads entries, and hands each with its position to `visit`, until there are no more or `visit` says stop
-    /// (`false`; that entry counts as read), or about `max_bytes` were read. Blocks.
+    /// (`false`; that entry counts as read), or about `max_bytes` were read. May block.
     ///
     /// Entries that are lost are passed over and logged.
     ///

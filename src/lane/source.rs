@@ -1,4 +1,4 @@
-//! Where a lane's deliveries come from: the journal's reader, on a thread for blocking work while it reads.
+//! Where a lane's deliveries come from: the journal's reader, on a thread for blocking work while it may wait for a disk.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -101,21 +101,17 @@ impl Source {
             sleep_until(self.not_before.into()).await;
             reader.readable().await;
         }
-        self.state = match std::mem::replace(&mut self.state, State::Gone) {
+        let (reader, batch) = match std::mem::replace(&mut self.state, State::Gone) {
+            State::Home(reader) if !reader.blocks() => read(reader, &self.filter),
             State::Home(reader) => {
                 let filter = self.filter.clone();
-                State::Away(tokio::task::spawn_blocking(move || read(reader, &filter)))
+                self.state = State::Away(tokio::task::spawn_blocking(move || read(reader, &filter)));
+                self.back().await
             }
-            other => other,
-        };
-        let State::Away(reading) = &mut self.state else { return std::future::pending().await };
-        let (reader, batch) = match reading.await {
-            Ok(done) => done,
-            Err(error) => match error.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                // The runtime is going down.
-                Err(_) => return std::future::pending().await,
-            },
+            other => {
+                self.state = other;
+                self.back().await
+            }
         };
         reader.release(self.released);
         let pause = match &batch {
@@ -126,6 +122,19 @@ impl Source {
         self.not_before = Instant::now() + pause;
         self.state = State::Home(reader);
         batch
+    }
+
+    /// Waits for a reader that is away.
+    async fn back(&mut self) -> (Reader, Result<Batch, ReadError>) {
+        let State::Away(reading) = &mut self.state else { return std::future::pending().await };
+        match reading.await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is going down.
+                Err(_) => std::future::pending().await,
+            },
+        }
     }
 
     /// Keeps other events from now on.
@@ -155,7 +164,7 @@ impl Source {
     }
 }
 
-/// Reads about [`READ_BYTES`]. Blocks.
+/// Reads about [`READ_BYTES`]. May block.
 fn read(mut reader: Reader, filter: &Filter) -> (Reader, Result<Batch, ReadError>) {
     let mut found = Vec::new();
     let mut scratch = Scratch::default();

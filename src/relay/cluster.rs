@@ -5,17 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::SystemTime;
 
-use arc_swap::ArcSwap;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::RunError;
 use super::addressing::ByRules;
-use super::lanes::{Carries, Changes, Plan, close};
+use super::in_force::{Built, Changes, InForce, Plan, Standing};
 use super::post::Post;
-use crate::admin::{self, Live, Outcome, Reload};
+use crate::admin;
 use crate::journal::kafka::{Board, Journal};
 use crate::lane::{Controls, Course, Metrics, Phase, Remains};
 use crate::rules::Rules;
@@ -26,19 +24,16 @@ use crate::telemetry::Traces;
 pub(super) struct Cluster {
     journal: Arc<Journal>,
     board: Board,
-    rules: Rules,
+    in_force: InForce,
     posts: BTreeMap<String, Running>,
     /// Posts that end because their sinks are gone, or have changed.
     ending: JoinSet<()>,
-    live: Arc<ArcSwap<Live>>,
-    loaded_at: SystemTime,
-    last_reload: Option<Reload>,
     metrics: Metrics,
     traces: Option<Traces>,
 }
 
 struct Running {
-    carries: Arc<Carries>,
+    built: Arc<Built>,
     controls: Controls,
     phase: watch::Sender<Phase>,
     bury: watch::Sender<bool>,
@@ -54,54 +49,41 @@ impl Cluster {
         metrics: Metrics,
         traces: Option<Traces>,
     ) -> Result<Self, RunError> {
-        let loaded_at = SystemTime::now();
-        let live = Live { rules: rules.clone(), lanes: Vec::new(), loaded_at, last_reload: None };
-        let live = Arc::new(ArcSwap::from_pointee(live));
-        let (posts, ending) = (BTreeMap::new(), JoinSet::new());
-        let mut cluster =
-            Self { journal, board, rules, posts, ending, live, loaded_at, last_reload: None, metrics, traces };
-        let mut wanted = Vec::new();
-        for sink in &cluster.rules.sinks {
-            wanted.push((sink.name.clone(), Carries::build(sink, cluster.traces.as_ref())?));
-        }
-        for (name, carries) in wanted {
-            cluster.spawn(name, carries, Controls::default())?;
+        let (in_force, posts, ending) = (InForce::new(rules), BTreeMap::new(), JoinSet::new());
+        let mut cluster = Self { journal, board, in_force, posts, ending, metrics, traces };
+        for built in cluster.in_force.build(cluster.traces.as_ref())? {
+            cluster.spawn(built, Controls::default())?;
         }
         cluster.publish();
         Ok(cluster)
     }
 
-    /// The rules in force, and how to reach the lanes.
-    pub(super) fn live(&self) -> Arc<ArcSwap<Live>> {
-        Arc::clone(&self.live)
+    /// What is in force.
+    pub(super) fn in_force(&mut self) -> &mut InForce {
+        &mut self.in_force
     }
 
     /// What other rules mean for the posts. Nothing has changed yet.
     pub(super) fn plan(&self, rules: &Rules) -> Result<Plan, BuildError> {
-        let (mut plan, traces) = (Plan::default(), self.traces.as_ref());
-        for sink in &rules.sinks {
-            match self.posts.get(&sink.name) {
-                Some(running) if running.carries.is(sink) => {}
-                Some(_) => plan.replaced.push((sink.name.clone(), Carries::build(sink, traces)?)),
-                None => plan.added.push((sink.name.clone(), Carries::build(sink, traces)?)),
-            }
-        }
-        Ok(plan)
+        InForce::plan(rules, self.traces.as_ref(), |name| match self.posts.get(name) {
+            Some(running) => Standing::Stays(&running.built),
+            None => Standing::None,
+        })
     }
 
     /// Follows other rules, as planned.
     pub(super) fn follow(&mut self, rules: Rules, plan: Plan) -> Result<Changes, RunError> {
         let mut changes = Changes::default();
         // A sink that is new has to be there before anything is addressed to it; one that goes, as long as something is.
-        for (name, carries) in plan.added {
-            self.spawn(name.clone(), carries, Controls::default())?;
-            changes.added.push(name);
+        for built in plan.added {
+            changes.added.push(built.name().to_owned());
+            self.spawn(built, Controls::default())?;
         }
         self.journal.readdress(Box::new(ByRules::new(&rules.table, self.journal.config(), &self.metrics)));
-        for (name, carries) in plan.replaced {
-            let controls = self.end(&name, false);
-            self.spawn(name.clone(), carries, controls)?;
-            changes.changed.push(name);
+        for built in plan.replaced {
+            changes.changed.push(built.name().to_owned());
+            let controls = self.end(built.name(), false);
+            self.spawn(built, controls)?;
         }
         let is_gone = |name: &&String| rules.table.sink(name).is_none();
         for name in self.posts.keys().filter(is_gone).cloned().collect::<Vec<_>>() {
@@ -109,21 +91,9 @@ impl Cluster {
             self.metrics.forget(&name);
             changes.removed.push(name);
         }
-        self.rules = rules;
-        self.loaded_at = SystemTime::now();
+        self.in_force.change(rules);
         self.publish();
         Ok(changes)
-    }
-
-    /// Remembers how the last reload went, for those who look at it.
-    pub(super) fn note(&mut self, reload: Reload) {
-        self.last_reload = Some(reload);
-        self.publish();
-    }
-
-    /// Whether the last reload was refused.
-    pub(super) fn was_refused(&self) -> bool {
-        self.last_reload.as_ref().is_some_and(|reload| reload.outcome == Outcome::Refused)
     }
 
     /// Waits until a post has ended that should not have; nothing is lost if the future is dropped.
@@ -154,47 +124,38 @@ impl Cluster {
 
     /// Closes the connections of all sinks.
     pub(super) async fn close(&self) {
-        let all = self.posts.iter().map(|(name, running)| close(name, &running.carries));
-        futures_util::future::join_all(all).await;
+        futures_util::future::join_all(self.posts.values().map(|running| running.built.close())).await;
         self.journal.close().await;
     }
 
-    fn spawn(&mut self, name: String, carries: Carries, controls: Controls) -> Result<(), RunError> {
-        let carries = Arc::new(carries);
+    fn spawn(&mut self, built: Built, controls: Controls) -> Result<(), RunError> {
+        let (name, built) = (built.name().to_owned(), Arc::new(built));
         controls.set_paused(admin::Cluster::is_paused(&self.board, &name));
-        let course = Arc::new(Course::new(Arc::clone(&self.rules.table)));
-        let (journal, metrics) = (&self.journal, self.metrics.clone());
-        let post = Post::open(&name, Arc::clone(&carries), journal, course, metrics, controls.clone())?;
+        let course = Arc::new(Course::new(Arc::clone(&self.in_force.rules().table)));
+        let post = Post::open(Arc::clone(&built), &self.journal, course, self.metrics.clone(), controls.clone())?;
         let (phase, bury) = (watch::Sender::new(Phase::Running), watch::Sender::new(false));
         let task = tokio::spawn(post.run(phase.subscribe(), bury.subscribe()));
-        self.posts.insert(name, Running { carries, controls, phase, bury, task });
+        self.posts.insert(name, Running { built, controls, phase, bury, task });
         Ok(())
     }
 
     /// Lets a post finish what is under way; how to reach the lanes of the next.
     fn end(&mut self, name: &str, bury: bool) -> Controls {
-        let Some(Running { carries, controls, phase, bury: told, task }) = self.posts.remove(name) else {
+        let Some(Running { built, controls, phase, bury: told, task }) = self.posts.remove(name) else {
             return Controls::default();
         };
         told.send_replace(bury);
         phase.send_replace(Phase::Finishing);
-        let name = name.to_owned();
         self.ending.spawn(async move {
             // A panic there has been reported by the task itself.
             drop(task.await);
             drop(phase);
-            close(&name, &carries).await;
+            built.close().await;
         });
         controls
     }
 
-    /// Says what is in force to those who look at it.
     fn publish(&self) {
-        let controls = self.rules.sinks.iter().filter_map(|sink| {
-            let running = self.posts.get(&sink.name)?;
-            Some((sink.name.clone(), running.controls.clone()))
-        });
-        let (rules, loaded_at, last_reload) = (self.rules.clone(), self.loaded_at, self.last_reload.clone());
-        self.live.store(Arc::new(Live { rules, lanes: controls.collect(), loaded_at, last_reload }));
+        self.in_force.publish(|name| Some(self.posts.get(name)?.controls.clone()));
     }
 }

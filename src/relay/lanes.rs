@@ -6,17 +6,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::sleep;
 use tracing::{error, warn};
 
-use super::{RunError, SINK_CLOSE};
-use crate::admin::{Live, Outcome, Reload};
+use super::RunError;
+use super::in_force::{Built, Changes, InForce, Plan, Standing};
 use crate::journal::disk::View;
 use crate::journal::{Position, Reader, Start};
 use crate::lane::{
@@ -24,21 +23,18 @@ use crate::lane::{
 };
 use crate::ledger::{Ledger, Progress};
 use crate::routing::UNROUTED;
-use crate::rules::{Rules, SinkRules};
-use crate::sink::{BuildError, Sink};
+use crate::rules::Rules;
+use crate::sink::BuildError;
 use crate::telemetry::Traces;
 
 /// All lanes.
 pub(super) struct Lanes {
     journal: View,
     ledger: Ledger,
-    rules: Rules,
+    in_force: InForce,
     course: Arc<Course>,
     running: BTreeMap<String, Running>,
     tasks: JoinSet<(String, Remains)>,
-    live: Arc<ArcSwap<Live>>,
-    loaded_at: SystemTime,
-    last_reload: Option<Reload>,
     metrics: Metrics,
     traces: Option<Traces>,
     /// How long a lane may take that ends because its sink has changed.
@@ -60,8 +56,8 @@ struct Running {
 pub(super) struct Ended(Result<(String, Remains), JoinError>);
 
 /// What a lane is for.
-pub(super) enum Carries {
-    Sink(Box<SinkRules>, Sink),
+enum Carries {
+    Sink(Built),
     Unrouted,
 }
 
@@ -74,45 +70,18 @@ enum Then {
     Close,
 }
 
-/// What a change of the rules needs that can fail.
-#[derive(Default)]
-pub(super) struct Plan {
-    pub(super) added: Vec<(String, Carries)>,
-    pub(super) replaced: Vec<(String, Carries)>,
-}
-
-/// What a change of the rules means for the sinks.
-#[derive(Debug, Default)]
-pub(super) struct Changes {
-    pub(super) added: Vec<String>,
-    pub(super) changed: Vec<String>,
-    pub(super) removed: Vec<String>,
-}
-
 impl Carries {
-    pub(super) fn build(rules: &SinkRules, traces: Option<&Traces>) -> Result<Self, BuildError> {
-        let sink = Sink::build(&rules.name, &rules.sink)?.traced(traces);
-        Ok(Self::Sink(Box::new(rules.clone()), sink))
-    }
-
-    pub(super) fn is(&self, rules: &SinkRules) -> bool {
-        matches!(self, Self::Sink(own, _) if **own == *rules)
-    }
-
     fn start(&self) -> StartAt {
         match self {
-            Self::Sink(rules, _) => rules.lane.start,
+            Self::Sink(built) => built.lane().start,
             Self::Unrouted => StartAt::End,
         }
     }
-}
 
-/// Closes a sink's connections, within a time.
-pub(super) async fn close(name: &str, carries: &Carries) {
-    if let Carries::Sink(_, sink) = carries
-        && tokio::time::timeout(SINK_CLOSE, sink.close()).await.is_err()
-    {
-        warn!(sink = name, "a sink did not close in time");
+    async fn close(&self) {
+        if let Self::Sink(built) = self {
+            built.close().await;
+        }
     }
 }
 
@@ -128,35 +97,16 @@ impl Lanes {
     ) -> Result<Self, RunError> {
         let knew_none = progress.is_empty();
         let course = Arc::new(Course::new(Arc::clone(&rules.table)));
-        let loaded_at = SystemTime::now();
-        let live = Live { rules: rules.clone(), lanes: Vec::new(), loaded_at, last_reload: None };
-        let live = Arc::new(ArcSwap::from_pointee(live));
-        let (running, tasks, last_reload) = (BTreeMap::new(), JoinSet::new(), None);
-        let mut lanes = Self {
-            journal,
-            ledger,
-            rules,
-            course,
-            running,
-            tasks,
-            live,
-            loaded_at,
-            last_reload,
-            metrics,
-            traces,
-            grace,
-        };
+        let (in_force, running, tasks) = (InForce::new(rules), BTreeMap::new(), JoinSet::new());
+        let mut lanes = Self { journal, ledger, in_force, course, running, tasks, metrics, traces, grace };
         if knew_none && lanes.journal.end() > lanes.journal.reader(Start::Earliest).position() {
             error!(
                 "the ledger knows no sink, and the journal has events: every sink begins with the oldest that is kept"
             );
         }
-        let mut wanted = Vec::new();
-        for sink in &lanes.rules.sinks {
-            wanted.push((sink.name.clone(), Carries::build(sink, lanes.traces.as_ref())?));
-        }
-        wanted.push((UNROUTED.to_owned(), Carries::Unrouted));
-        for (name, carries) in wanted {
+        let sinks = lanes.in_force.build(lanes.traces.as_ref())?;
+        let sinks = sinks.into_iter().map(|built| (built.name().to_owned(), Carries::Sink(built)));
+        for (name, carries) in sinks.chain([(UNROUTED.to_owned(), Carries::Unrouted)]) {
             // A sink that a new ledger does not know is not a new sink, or there are no events yet.
             let start = if knew_none { StartAt::Earliest } else { carries.start() };
             let beginning = lanes.beginning(&name, progress.get(&name).cloned(), start).await?;
@@ -171,9 +121,9 @@ impl Lanes {
         Ok(lanes)
     }
 
-    /// The rules in force, and how to reach the lanes.
-    pub(super) fn live(&self) -> Arc<ArcSwap<Live>> {
-        Arc::clone(&self.live)
+    /// What is in force.
+    pub(super) fn in_force(&mut self) -> &mut InForce {
+        &mut self.in_force
     }
 
     /// Waits until a lane has ended. Nothing is lost if the future is dropped.
@@ -196,10 +146,7 @@ impl Lanes {
             Then::Fail => return Err(RunError::Lane(name)),
             Then::Start(_) | Then::Close => self.ledger.progress(&name).await?,
         };
-        tokio::spawn({
-            let name = name.clone();
-            async move { close(&name, &carries).await }
-        });
+        tokio::spawn(async move { carries.close().await });
         match then {
             Then::Fail => {}
             Then::Start(next) => {
@@ -219,15 +166,11 @@ impl Lanes {
 
     /// What other rules mean for the lanes. Nothing has changed yet.
     pub(super) fn plan(&self, rules: &Rules) -> Result<Plan, BuildError> {
-        let (mut plan, traces) = (Plan::default(), self.traces.as_ref());
-        for sink in &rules.sinks {
-            match self.running.get(&sink.name) {
-                Some(running) if matches!(running.then, Then::Fail) && running.carries.is(sink) => {}
-                Some(_) => plan.replaced.push((sink.name.clone(), Carries::build(sink, traces)?)),
-                None => plan.added.push((sink.name.clone(), Carries::build(sink, traces)?)),
-            }
-        }
-        Ok(plan)
+        InForce::plan(rules, self.traces.as_ref(), |name| match self.running.get(name) {
+            Some(Running { carries: Carries::Sink(built), then: Then::Fail, .. }) => Standing::Stays(built),
+            Some(_) => Standing::Ends,
+            None => Standing::None,
+        })
     }
 
     /// Lets all lanes follow other rules, as planned; or nothing has changed.
@@ -244,8 +187,9 @@ impl Lanes {
         };
         self.course = Arc::new(course);
         // Before others are released: what a lane that ends has not taken in would reach the next one late.
-        for (name, carries) in replaced {
-            self.end(&name, Then::Start(carries));
+        for built in replaced {
+            let name = built.name().to_owned();
+            self.end(&name, Then::Start(Carries::Sink(built)));
             changes.changed.push(name);
         }
         let is_wanted = |name: &String| name == UNROUTED || rules.table.sink(name).is_some();
@@ -254,25 +198,14 @@ impl Lanes {
             changes.removed.push(name);
         }
         self.release().await;
-        for (name, carries, beginning) in begun {
+        for (built, beginning) in begun {
+            let name = built.name().to_owned();
             changes.added.push(name.clone());
-            self.spawn(name, carries, beginning, None);
+            self.spawn(name, Carries::Sink(built), beginning, None);
         }
-        self.rules = rules;
-        self.loaded_at = SystemTime::now();
+        self.in_force.change(rules);
         self.publish();
         Ok(changes)
-    }
-
-    /// Remembers how the last reload went, for those who look at it.
-    pub(super) fn note(&mut self, reload: Reload) {
-        self.last_reload = Some(reload);
-        self.publish();
-    }
-
-    /// Whether the last reload was refused.
-    pub(super) fn was_refused(&self) -> bool {
-        self.last_reload.as_ref().is_some_and(|reload| reload.outcome == Outcome::Refused)
     }
 
     /// Tells all lanes to finish, and waits for them.
@@ -293,7 +226,7 @@ impl Lanes {
 
     /// Closes the connections of all sinks.
     pub(super) async fn close(&self) {
-        join_all(self.running.iter().map(|(name, running)| close(name, &running.carries))).await;
+        join_all(self.running.values().map(|running| running.carries.close())).await;
     }
 
     fn tell(&self, phase: Phase) {
@@ -329,18 +262,14 @@ impl Lanes {
     }
 
     /// Where new lanes begin, and what all of them are to follow.
-    async fn begin(
-        &self,
-        added: Vec<(String, Carries)>,
-        rules: &Rules,
-    ) -> Result<(Vec<(String, Carries, Beginning)>, Course), RunError> {
+    async fn begin(&self, added: Vec<Built>, rules: &Rules) -> Result<(Vec<(Built, Beginning)>, Course), RunError> {
         let mut lanes: HashMap<_, _> = self.running.iter().map(|(name, running)| (name.clone(), running.at)).collect();
         let mut begun = Vec::new();
-        for (name, carries) in added {
-            let progress = self.ledger.progress(&name).await?;
-            let beginning = self.beginning(&name, progress, carries.start()).await?;
-            lanes.insert(name.clone(), Whereabouts::beginning(beginning.reader.position()));
-            begun.push((name, carries, beginning));
+        for built in added {
+            let progress = self.ledger.progress(built.name()).await?;
+            let beginning = self.beginning(built.name(), progress, built.lane().start).await?;
+            lanes.insert(built.name().to_owned(), Whereabouts::beginning(beginning.reader.position()));
+            begun.push((built, beginning));
         }
         let needed = lanes.values().map(|at| at.cursor).min().unwrap_or(Position::ZERO);
         let passed = lanes.into_iter().map(|(name, at)| (name, at.read_to)).collect();
@@ -373,8 +302,8 @@ impl Lanes {
         let at = Whereabouts::beginning(beginning.reader.position());
         let (told, task_name) = (phase.subscribe(), name.clone());
         let control = match &carries {
-            Carries::Sink(rules, sink) => {
-                let (sink, config) = (sink.clone(), rules.lane.clone());
+            Carries::Sink(built) => {
+                let (sink, config) = (built.sink(), built.lane().clone());
                 let kept = kept.unwrap_or_else(|| Kept::new(&self.metrics, &name));
                 let (lane, control) = Lane::new(&name, sink, course, beginning, account, config, kept);
                 self.tasks.spawn(async move { (task_name, lane.run(told).await) });
@@ -414,13 +343,7 @@ impl Lanes {
         Ok(())
     }
 
-    /// Says what is in force to those who look at it.
     fn publish(&self) {
-        let controls = self.rules.sinks.iter().filter_map(|sink| {
-            let running = self.running.get(&sink.name)?;
-            Some((sink.name.clone(), Controls::one(running.control.clone())))
-        });
-        let (rules, loaded_at, last_reload) = (self.rules.clone(), self.loaded_at, self.last_reload.clone());
-        self.live.store(Arc::new(Live { rules, lanes: controls.collect(), loaded_at, last_reload }));
+        self.in_force.publish(|name| Some(Controls::one(self.running.get(name)?.control.clone())));
     }
 }

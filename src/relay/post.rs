@@ -15,10 +15,10 @@ use tokio::task::{AbortHandle, JoinError, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
-use super::lanes::Carries;
+use super::in_force::Built;
 use crate::journal::Reader;
 use crate::journal::kafka::{Group, Journal, Moved, Readers};
-use crate::lane::{Beginning, Control, Controls, Course, Kept, Lane, Metrics, Phase, Remains, Unrouted};
+use crate::lane::{Beginning, Control, Controls, Course, Kept, Lane, Metrics, Phase, Remains};
 use crate::ledger::shared::{Loaded, Shared};
 use crate::ledger::{Account, LedgerError};
 
@@ -38,7 +38,7 @@ const TAKE_OVER_PAUSE: Duration = Duration::from_secs(1);
 /// What a sink has on this replica.
 pub(super) struct Post {
     name: String,
-    carries: Arc<Carries>,
+    built: Arc<Built>,
     course: Arc<Course>,
     metrics: Metrics,
     partitions: usize,
@@ -76,21 +76,20 @@ struct Running {
 impl Post {
     /// Joins the sink's group.
     pub(super) fn open(
-        name: &str,
-        carries: Arc<Carries>,
+        built: Arc<Built>,
         journal: &Journal,
         course: Arc<Course>,
         metrics: Metrics,
         controls: Controls,
     ) -> Result<Self, LedgerError> {
         let failed = |error: rdkafka::error::KafkaError| LedgerError::Failed(error.to_string());
-        let (config, ends) = (journal.config(), journal.ends());
+        let (name, config, ends) = (built.name(), journal.config(), journal.ends());
         let readers = Arc::new(Readers::new(config, name, ends).map_err(failed)?);
         let (group, moves) = Group::join(config, name, Arc::clone(&readers)).map_err(failed)?;
         let ledger = Arc::new(Shared::open(config, name, group.member())?);
         Ok(Self {
             name: name.to_owned(),
-            carries,
+            built,
             course,
             metrics,
             partitions: ends.partitions(),
@@ -217,19 +216,11 @@ impl Post {
         debug!(sink = self.name, partition, cursor = progress.cursor.to_stored(), "a partition is taken over");
         let (phase, told) = watch::channel(Phase::Running);
         let course = Arc::clone(&self.course);
-        let (control, task) = match &*self.carries {
-            Carries::Sink(rules, sink) => {
-                let mut kept = self.kept.remove(&partition).unwrap_or_else(|| Kept::new(&self.metrics, &self.name));
-                kept.pause(self.controls.is_paused());
-                let config = rules.lane.share(self.partitions);
-                let (lane, control) = Lane::new(&self.name, sink.clone(), course, beginning, account, config, kept);
-                (control, tokio::spawn(lane.run(told)))
-            }
-            Carries::Unrouted => {
-                let (lane, control) = Unrouted::new(course, beginning, account, self.metrics.clone());
-                (control, tokio::spawn(lane.run(told)))
-            }
-        };
+        let mut kept = self.kept.remove(&partition).unwrap_or_else(|| Kept::new(&self.metrics, &self.name));
+        kept.pause(self.controls.is_paused());
+        let config = self.built.lane().share(self.partitions);
+        let (lane, control) = Lane::new(&self.name, self.built.sink(), course, beginning, account, config, kept);
+        let task = tokio::spawn(lane.run(told));
         Ok(Running { account: own, control, phase, task })
     }
 

@@ -9,7 +9,7 @@ use prometheus::IntCounterVec;
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use super::lanes::Changes;
+use super::in_force::Changes;
 use super::storage::Carriers;
 use super::{Origin, RunError};
 use crate::admin::{self, Outcome, Reload, ReloadRequest};
@@ -62,7 +62,7 @@ impl Reloads {
                 Some(request) = self.requests.recv() => Some(request),
             };
             let reload = self.reload(carriers).await;
-            carriers.note(reload.clone());
+            carriers.in_force().note(reload.clone());
             if let Some(request) = request {
                 // Whoever asked and has gone away does not need the answer.
                 drop(request.send(reload));
@@ -79,7 +79,7 @@ impl Reloads {
                 let same = seen.holds_same(&self.origin.seen);
                 self.origin.seen = seen;
                 match loaded {
-                    Ok(_) if same && !carriers.was_refused() => (Outcome::Unchanged, Vec::new()),
+                    Ok(_) if same && !carriers.in_force().was_refused() => (Outcome::Unchanged, Vec::new()),
                     Ok(loaded) => match self.apply(loaded, carriers).await {
                         Ok(warnings) => (Outcome::Applied, warnings),
                         Err(error) => refused(vec![error_chain(&error)]),

@@ -6,16 +6,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use arc_swap::ArcSwap;
 use tokio::sync::watch;
 use tracing::{error, warn};
 
 use super::RunError;
 use super::addressing::ByRules;
 use super::cluster::Cluster;
-use super::lanes::{self, Changes, Lanes, Plan};
+use super::in_force::{Changes, InForce, Plan};
+use super::lanes::{self, Lanes};
 use super::metrics::Metrics;
-use crate::admin::{self, Letters, Live, Reload};
+use crate::admin::{self, Letters};
 use crate::config::Config;
 use crate::journal::disk::Journal;
 use crate::journal::disk::recovery::{Finding, Kind as Found};
@@ -156,10 +156,11 @@ impl Storage {
 }
 
 impl Carriers {
-    pub(super) fn live(&self) -> Arc<ArcSwap<Live>> {
+    /// What is in force.
+    pub(super) fn in_force(&mut self) -> &mut InForce {
         match self {
-            Self::Disk(lanes) => lanes.live(),
-            Self::Kafka(cluster) => cluster.live(),
+            Self::Disk(lanes) => lanes.in_force(),
+            Self::Kafka(cluster) => cluster.in_force(),
         }
     }
 
@@ -197,22 +198,6 @@ impl Carriers {
         match self {
             Self::Disk(lanes) => lanes.follow(rules, plan).await,
             Self::Kafka(cluster) => cluster.follow(rules, plan),
-        }
-    }
-
-    /// Remembers how the last reload went.
-    pub(super) fn note(&mut self, reload: Reload) {
-        match self {
-            Self::Disk(lanes) => lanes.note(reload),
-            Self::Kafka(cluster) => cluster.note(reload),
-        }
-    }
-
-    /// Whether the last reload was refused.
-    pub(super) fn was_refused(&self) -> bool {
-        match self {
-            Self::Disk(lanes) => lanes.was_refused(),
-            Self::Kafka(cluster) => cluster.was_refused(),
         }
     }
 

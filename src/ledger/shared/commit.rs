@@ -20,7 +20,7 @@ use crate::kafka::Log;
 const TRANSACTION_TIMEOUT: &str = "10000";
 /// How often there is a transaction at most: each costs the brokers a dozen writes. What lanes ask for meanwhile goes into the
 /// next.
-const PACE: Duration = Duration::from_millis(100);
+const PACE: Duration = Duration::from_millis(200);
 
 /// Writes one sink's transactions.
 pub(super) struct Committer {
