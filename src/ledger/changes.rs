@@ -1,7 +1,7 @@
 //! What a lane settles, as SQL.
 
 use bytes::Bytes;
-use rusqlite::{OptionalExtension as _, Transaction, params};
+use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use super::{Books, Millis, Written, parked};
 use crate::journal::Position;
@@ -205,7 +205,7 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
                 written.push(Written::Dead { lane: lane.to_owned(), letter: letter.clone(), died_at: now });
                 Ok(())
             }
-            None => bury(transaction, lane, letter, now),
+            None => bury(transaction, None, lane, letter, now),
         },
         Change::Exhume { id, key, due_at } => exhume(transaction, lane, *id, key.as_deref(), *due_at),
         // Who takes a lane over knows the times that were written before: they wait at most that long.
@@ -284,14 +284,21 @@ fn unpark(transaction: &Transaction<'_>, id: i64, now: Millis) -> rusqlite::Resu
     Ok(position)
 }
 
-/// After a crash the same delivery may die again.
-fn bury(transaction: &Transaction<'_>, lane: &str, dead: &DeadLetter, now: Millis) -> rusqlite::Result<()> {
-    let mut insert = transaction.prepare_cached(
+/// Notes a dead letter; with a number of its own, or the next that is free. After a crash the same delivery may die again.
+pub(super) fn bury(
+    connection: &Connection,
+    id: Option<i64>,
+    lane: &str,
+    dead: &DeadLetter,
+    died_at: Millis,
+) -> rusqlite::Result<()> {
+    let mut insert = connection.prepare_cached(
         "INSERT OR REPLACE INTO dead_letters
-         (lane, position, event_id, status, key, route, reason, error_kind, error, attempts, first_failed_at, died_at, record)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+         (id, lane, position, event_id, status, key, route, reason, error_kind, error, attempts, first_failed_at, died_at, record)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
     )?;
     insert.execute(params![
+        id,
         lane,
         dead.position.to_stored(),
         dead.event_id,
@@ -303,7 +310,7 @@ fn bury(transaction: &Transaction<'_>, lane: &str, dead: &DeadLetter, now: Milli
         dead.error,
         dead.attempts,
         dead.first_failed_at,
-        now,
+        died_at,
         &dead.record[..],
     ])?;
     Ok(())

@@ -13,7 +13,8 @@ use rdkafka::{Offset, TopicPartitionList};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tracing::{debug, error, warn};
 
-use super::super::{DeadLetter, LedgerError, Letters as Reader, Millis, schema};
+use super::super::changes::bury;
+use super::super::{LedgerError, Letters as Reader, schema};
 use super::records::{Died, read_dead};
 use crate::journal::Position;
 use crate::journal::kafka::{Config, number_of, place_of};
@@ -129,7 +130,7 @@ fn note(connection: &Connection, found: Vec<KafkaResult<(i64, Option<Died>)>>) -
     for found in found {
         match found {
             Ok((id, Some(Died { sink, letter: Some((letter, died_at)), .. }))) => {
-                insert(connection, id, &sink, &letter, died_at)?;
+                bury(connection, Some(id), &sink, &letter, died_at)?;
             }
             Ok((_, Some(Died { sink, position, letter: None }))) => remove(connection, &sink, position)?,
             Ok((id, None)) => warn!(id, "a record among the dead letters is none"),
@@ -138,31 +139,6 @@ fn note(connection: &Connection, found: Vec<KafkaResult<(i64, Option<Died>)>>) -
         }
     }
     transaction.commit()
-}
-
-fn insert(connection: &Connection, id: i64, sink: &str, dead: &DeadLetter, died_at: Millis) -> rusqlite::Result<()> {
-    let mut insert = connection.prepare_cached(
-        "INSERT OR REPLACE INTO dead_letters
-         (id, lane, position, event_id, status, key, route, reason, error_kind, error, attempts, first_failed_at, died_at, record)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
-    )?;
-    insert.execute(params![
-        id,
-        sink,
-        dead.position.to_stored(),
-        dead.event_id,
-        dead.status,
-        dead.key,
-        dead.route,
-        dead.reason.as_str(),
-        dead.error_kind,
-        dead.error,
-        dead.attempts,
-        dead.first_failed_at,
-        died_at,
-        &dead.record[..],
-    ])?;
-    Ok(())
 }
 
 /// Whose a dead letter is, and where its event stands.
