@@ -26,8 +26,8 @@ pub struct Record {
     pub key: Option<String>,
     /// Names and values.
     pub headers: Vec<(String, String)>,
-    /// The value.
-    pub body: Bytes,
+    /// The value. In a topic that is compacted, nothing removes what has the key.
+    pub body: Option<Bytes>,
 }
 
 /// A record on its way.
@@ -46,13 +46,16 @@ pub struct Place {
 }
 
 /// Why a record was not accepted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
     /// Refused before it was queued: nothing was sent.
+    #[error("the record was not sent: {0}")]
     Local(RDKafkaErrorCode),
     /// What the delivery report says.
+    #[error("the record was not acknowledged: {0}")]
     Report(RDKafkaErrorCode),
     /// The producer was closed.
+    #[error("the producer is closed")]
     Closed,
 }
 
@@ -104,9 +107,12 @@ impl Producer {
             KafkaError::Canceled => SendError::Closed,
             error => SendError::Local(code_of(&error)),
         })?;
-        let mut message = FutureRecord::to(&record.topic).payload(&*record.body).headers(headers(record));
+        let mut message: FutureRecord<'_, str, [u8]> = FutureRecord::to(&record.topic).headers(headers(record));
+        if let Some(body) = &record.body {
+            message = message.payload(&**body);
+        }
         if let Some(key) = &record.key {
-            message = message.key(key);
+            message = message.key(key.as_str());
         }
         if let Some(partition) = record.partition {
             message = message.partition(partition);

@@ -22,12 +22,16 @@ pub struct Config {
     pub retry: Retry,
     /// At so many parked deliveries nothing more is read; at least 1.
     pub max_parked: usize,
+    /// The most bytes of events that were read and are not settled.
+    pub window_bytes: usize,
     /// When to stop trying, and how to find out that the sink is back.
     pub breaker: BreakerConfig,
     /// Where a lane begins that has no cursor yet.
     pub start: StartAt,
 }
 
+/// What a sink may hold in memory of what it has read, in bytes.
+const MAX_WINDOW_BYTES: usize = 32 << 20;
 /// The most that `concurrency` may be.
 const MAX_CONCURRENCY: usize = 100_000;
 /// The most that `max_parked` may be: each takes memory.
@@ -46,6 +50,7 @@ impl Config {
                 max_age: None,
             },
             max_parked: 100_000,
+            window_bytes: MAX_WINDOW_BYTES,
             breaker: BreakerConfig { failures: 10, probe: Duration::from_secs(10) },
             start: StartAt::End,
         }
@@ -60,6 +65,7 @@ impl Config {
         Self {
             concurrency: self.concurrency.div_ceil(lanes),
             max_parked: self.max_parked.div_ceil(lanes),
+            window_bytes: self.window_bytes.div_ceil(lanes),
             rate,
             ..self.clone()
         }

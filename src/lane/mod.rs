@@ -70,9 +70,8 @@ use source::{Batch, Filter, Found, Route, Source};
 use storage::Storing;
 use window::Window;
 
-/// The most events between the cursor and what was read last, and the most bytes of them that are not settled.
+/// The most events between the cursor and what was read last.
 const MAX_WINDOW: usize = 20_000;
-const MAX_WINDOW_BYTES: usize = 32 << 20;
 /// With more changes than this to be written nothing more is read.
 const MAX_CHANGES: usize = 2_000;
 /// When so many deliveries were parked since a sink began to fail, the lane does not read on for others to probe with.
@@ -358,7 +357,7 @@ impl Lane {
         };
         wanted
             && self.window.len() < MAX_WINDOW
-            && self.window.bytes() < MAX_WINDOW_BYTES
+            && self.window.bytes() < self.config.window_bytes
             && self.changes.len() < MAX_CHANGES
             && self.parking.total() < self.config.max_parked
     }

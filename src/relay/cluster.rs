@@ -8,14 +8,16 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
+use tracing::{debug, warn};
 
 use super::RunError;
 use super::addressing::ByRules;
 use super::in_force::{Built, Changes, InForce, Plan, Standing};
 use super::post::Post;
 use crate::admin;
-use crate::journal::kafka::{Board, Journal};
+use crate::journal::kafka::{Board, Config, Journal, known_sinks};
 use crate::lane::{Controls, Course, Metrics, Phase, Remains};
+use crate::routing::Table;
 use crate::rules::Rules;
 use crate::sink::BuildError;
 use crate::telemetry::Traces;
@@ -55,6 +57,8 @@ impl Cluster {
             cluster.spawn(built, Controls::default())?;
         }
         cluster.publish();
+        let (config, table) = (cluster.journal.config().clone(), Arc::clone(&cluster.in_force.rules().table));
+        tokio::task::spawn_blocking(move || tell_of_left_behind(&config, &table));
         Ok(cluster)
     }
 
@@ -157,5 +161,22 @@ impl Cluster {
 
     fn publish(&self) {
         self.in_force.publish(|name| Some(self.posts.get(name)?.controls.clone()));
+    }
+}
+
+/// Says which sinks were in the rules once and are not any more. Blocks.
+fn tell_of_left_behind(config: &Config, table: &Table) {
+    let known = match known_sinks(config) {
+        Ok(known) => known,
+        Err(error) => return debug!(%error, "brokers do not say which groups there are"),
+    };
+    for sink in known.iter().filter(|sink| table.sink(sink).is_none()) {
+        let topic = config.parked();
+        warn!(
+            sink,
+            topic,
+            "a sink that was in the rules once is there no more: what it has parked stays in the topic until it is back; \
+             to make dead letters of it, bring the sink back, and take it away by a reload"
+        );
     }
 }

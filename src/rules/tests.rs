@@ -136,6 +136,7 @@ fn lanes_take_what_the_sink_says() {
             max_age: Some(seconds(72 * 3600)),
         },
         max_parked: 5,
+        window_bytes: lane::Config::new(7).window_bytes,
         breaker: BreakerConfig { failures: 4, probe: seconds(5) },
         start: StartAt::Earliest,
     };

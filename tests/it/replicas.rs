@@ -186,6 +186,42 @@ async fn rules_change_on_one_replica_after_the_other() {
 }
 
 #[tokio::test]
+async fn a_sink_that_is_gone_at_a_start_is_told_of() {
+    let answer = Arc::new(AtomicU16::new(503));
+    let answers = Arc::clone(&answer);
+    let receiver = Receiver::start(move |_| Reply::Status(answers.load(Ordering::Relaxed))).await;
+    let setup = Setup::new(&rules(&receiver));
+    setup.file("relay.toml", &settings(&unique("gone"), ""));
+    let relay = setup.start_within(AGREEMENT).await;
+    assert_eq!(relay.post(event(0, "sent")).await.status, 200);
+    let parked = async {
+        while relay.sink("http").await["parked"] != 1 {
+            tokio::time::sleep(POLL).await
+        }
+    };
+    within_time(AGREEMENT, "the delivery to be parked", parked).await;
+    let setup = relay.kill().await;
+    setup.file("routes.toml", &rules(&receiver).replace("http]", "new]").replace("[\"http\"]", "[\"new\"]"));
+    let relay = setup.start_within(AGREEMENT).await;
+    let told = || relay.log().into_iter().find(|line| line["message"].to_string().contains("what it has parked stays"));
+    let wait = async {
+        while told().is_none() {
+            tokio::time::sleep(POLL).await
+        }
+    };
+    within_time(AGREEMENT, "the relay to tell", wait).await;
+    assert_eq!(told().expect("it was there just now")["sink"], "http");
+
+    // It is back, and what it had parked goes out.
+    answer.store(200, Ordering::Relaxed);
+    let before = receiver.received().len();
+    relay.change_rules(&rules(&receiver));
+    relay.operate("/api/v1/reload", &Value::Null).await;
+    within_time(AGREEMENT, "what was parked to arrive", receiver.wait_for(before + 1)).await;
+    relay.stop().await;
+}
+
+#[tokio::test]
 async fn topics_that_would_lose_events_are_refused() {
     let receiver = Receiver::accepting().await;
     let refused = async |topic: &str, made: &[(&str, &str)], expected: &str| {

@@ -178,7 +178,7 @@ impl Appender {
     }
 
     fn begin(&self, body: Bytes, key: Option<String>, headers: Vec<(String, String)>) -> Result<Sent, AppendError> {
-        let record = Record { topic: self.topic.to_string(), partition: None, key, headers, body };
+        let record = Record { topic: self.topic.to_string(), partition: None, key, headers, body: Some(body) };
         self.producer.begin(&record).map_err(refused)
     }
 

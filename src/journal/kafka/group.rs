@@ -123,6 +123,20 @@ impl Group {
     }
 }
 
+/// The sinks whose groups brokers know, also if nobody is in them. Blocks.
+///
+/// # Errors
+///
+/// They do not say.
+pub fn known_sinks(config: &Config) -> KafkaResult<Vec<String>> {
+    let client: BaseConsumer<Log> = BaseConsumer::from_config_and_context(&config.client(), Log::default())?;
+    let groups = client.fetch_group_list(None, TIMEOUT)?;
+    let prefix = config.group("");
+    let sinks = groups.groups().iter().filter_map(|group| group.name().strip_prefix(&prefix));
+    // Others may have a prefix that begins with ours.
+    Ok(sinks.filter(|sink| !sink.contains('.')).map(str::to_owned).collect())
+}
+
 impl Member {
     /// What says that this replica is a member at this time; nothing if it is none.
     pub fn right(&self) -> Option<Arc<ConsumerGroupMetadata>> {

@@ -32,7 +32,7 @@ use serde::Deserialize;
 pub use append::{Append, Appender, Journal, View};
 pub use board::{Board, Note};
 pub use ends::Ends;
-pub use group::{Group, Member, Moved};
+pub use group::{Group, Member, Moved, known_sinks};
 pub use reader::{ReadError, Reader, Readers};
 pub use scan::Scan;
 pub use topics::prepare;

@@ -8,17 +8,16 @@ use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::Message as _;
-use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::{Offset, TopicPartitionList};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tracing::{debug, error, warn};
 
 use super::super::changes::bury;
 use super::super::{LedgerError, Letters as Reader, schema};
-use super::records::{Died, read_dead};
+use super::records::{Died, read_dead, removed};
 use crate::journal::Position;
-use crate::journal::kafka::{Config, number_of, place_of};
-use crate::kafka::Log;
+use crate::journal::kafka::{Config, number_of};
+use crate::kafka::{Log, Producer, SendError};
 
 /// How long to wait for what dies.
 const POLL: Duration = Duration::from_millis(200);
@@ -31,7 +30,8 @@ pub struct Letters(Arc<Kept>);
 
 struct Kept {
     reader: Arc<Mutex<Reader>>,
-    producer: FutureProducer<Log>,
+    /// Of what is discarded.
+    producer: Producer,
     topic: String,
     stopped: Arc<AtomicBool>,
 }
@@ -58,7 +58,7 @@ impl Letters {
         consumer.assign(&list).map_err(failed)?;
         let mut client = config.client();
         client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
-        let producer = FutureProducer::from_config_and_context(&client, Log::default()).map_err(failed)?;
+        let producer = Producer::new(Log::default(), client);
         let stopped = Arc::new(AtomicBool::new(false));
         let (stop, notes) = (Arc::clone(&stopped), Arc::clone(&reader));
         let follow = move || {
@@ -86,13 +86,13 @@ impl Letters {
             ids.iter().map(|id| place(reader.connection(), *id)).collect::<Result<Vec<_>, _>>()?
         };
         let places: Vec<_> = places.into_iter().flatten().collect();
-        for (sink, position) in &places {
-            let (partition, offset) = place_of(*position);
-            let key = format!("{sink}/{partition}/{offset}");
-            let record: FutureRecord<'_, str, [u8]> =
-                FutureRecord::to(&self.0.topic).key(key.as_str()).partition(partition);
-            let sent = self.0.producer.send(record, Duration::from_secs(10)).await;
-            sent.map_err(|(error, _)| LedgerError::Failed(error.to_string()))?;
+        for some in places.chunks(BATCH) {
+            let sent =
+                some.iter().map(|(sink, position)| self.0.producer.begin(&removed(&self.0.topic, sink, *position)));
+            let sent = sent.collect::<Result<Vec<_>, _>>().map_err(refused)?;
+            for sent in sent {
+                self.0.producer.arrived(sent).await.map_err(refused)?;
+            }
         }
         let reader = lock(&self.0.reader);
         for (sink, position) in &places {
@@ -106,6 +106,10 @@ impl Drop for Kept {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Relaxed);
     }
+}
+
+fn refused(error: SendError) -> LedgerError {
+    LedgerError::Failed(error.to_string())
 }
 
 /// Notes what has come.

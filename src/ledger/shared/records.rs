@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::{DeadLetter, Millis, Parked, Progress, Written};
 use crate::journal::Position;
-use crate::journal::kafka::number_of;
+use crate::journal::kafka::{number_of, place_of};
 use crate::kafka;
 
 /// The end of the key of a partition's mark.
@@ -122,8 +122,15 @@ pub(super) fn of_dead(topic: &str, sink: &str, partition: i32, letter: &DeadLett
         partition: Some(partition),
         key: Some(dead_key(sink, partition, letter.position)),
         headers: vec![(DEAD.to_owned(), to_json(&dead_meta(letter, died_at)))],
-        body: letter.record.clone(),
+        body: Some(letter.record.clone()),
     }
+}
+
+/// What removes a dead letter whose event is at this place.
+pub(super) fn removed(topic: &str, sink: &str, place: Position) -> kafka::Record {
+    let (partition, offset) = place_of(place);
+    let key = Some(dead_key(sink, partition, Position::from_stored(offset)));
+    kafka::Record { topic: topic.to_owned(), partition: Some(partition), key, headers: Vec::new(), body: None }
 }
 
 fn dead_key(sink: &str, partition: i32, position: Position) -> String {

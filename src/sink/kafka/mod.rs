@@ -107,7 +107,7 @@ impl Config {
             headers.push((name.clone(), view.render(template, event, Escape::None)));
         }
         let topic = view.render(&self.topic, event, Escape::None);
-        Ok(Record { topic, partition: None, key: key.filter(|key| !key.is_empty()), headers, body: event.body() })
+        Ok(Record { topic, partition: None, key: key.filter(|key| !key.is_empty()), headers, body: Some(event.body()) })
     }
 
     /// The settings of librdkafka: ours may be overridden by `options`, except for what those cannot name.
