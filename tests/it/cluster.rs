@@ -27,10 +27,20 @@ const SESSION: (Duration, &str) = (Duration::from_secs(10), "\"session.timeout.m
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_stands_what_comes_and_goes() {
     let kafka = OwnBroker::start_kafka_nodes(3).await;
+    topics_are_made_before_anything_is_served(&kafka).await;
     a_deleted_replicas_parked_deliveries_go_out_from_another(&kafka).await;
     a_frozen_replica_commits_nothing(&kafka).await;
     too_few_in_sync_replicas(&kafka).await;
     everything_arrives(&kafka).await;
+}
+
+/// Also where brokers hear of them one after the other.
+async fn topics_are_made_before_anything_is_served(kafka: &OwnBroker) {
+    for number in 0..3 {
+        let shared = Shared::new(kafka, &format!("made-{number}"), "", "");
+        let done = shared.replica().run(&["check", "--connect"], "").await;
+        assert_eq!(done.code, Some(0), "{done:?}");
+    }
 }
 
 /// What the replicas of one relay have in common.

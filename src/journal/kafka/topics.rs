@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, ConfigEntry, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::admin::{
+    AdminClient, AdminOptions, ConfigEntry, ConfigResourceResult, NewTopic, ResourceSpecifier, TopicReplication,
+};
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::metadata::MetadataTopic;
@@ -63,13 +65,7 @@ async fn attempt(admin: &AdminClient<Log>, config: &Config) -> Result<Topics, Op
         create(admin, config, topic).await?;
     }
     let found = await_topics(admin, config, &wanted).await?;
-    let names: Vec<_> = wanted.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
-    let described = admin.describe_configs(&names, &options()).await.map_err(|source| unreachable(config, source))?;
-    // A broker that has just heard of a topic knows no settings of it.
-    if described.iter().flatten().any(|described| described.entries.is_empty()) {
-        return Err(unreachable(config, KafkaError::AdminOp(Code::UnknownTopicOrPartition)));
-    }
-    for (topic, described) in wanted.iter().zip(described) {
+    for (topic, described) in wanted.iter().zip(describe(admin, config, &wanted).await?) {
         let described = described.map_err(|code| wrong(topic, format!("its settings can't be read: {code}")))?;
         check_settings(config, topic, &described.entry_map())?;
         check_replicas(config, topic, found.get(&topic.name))?;
@@ -176,6 +172,29 @@ async fn await_topics(
             }
             Some(_) => sleep(POLL).await,
         }
+    }
+}
+
+/// Asks for the topics' settings until the broker that answers knows them: it takes a moment after they were made.
+async fn describe(
+    admin: &AdminClient<Log>,
+    config: &Config,
+    wanted: &[Wanted],
+) -> Result<Vec<ConfigResourceResult>, OpenError> {
+    let names: Vec<_> = wanted.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let described =
+            admin.describe_configs(&names, &options()).await.map_err(|source| unreachable(config, source))?;
+        let is_unknown = |described: &ConfigResourceResult| match described {
+            // A broker that has only heard of a topic knows no settings of it.
+            Ok(described) => described.entries.is_empty(),
+            Err(code) => *code == Code::UnknownTopicOrPartition,
+        };
+        if !described.iter().any(is_unknown) || Instant::now() >= deadline {
+            return Ok(described);
+        }
+        sleep(POLL).await;
     }
 }
 
