@@ -13,6 +13,12 @@ use crate::lane::{Metrics, Throttle, unreadable_letter, unrouted_letter};
 use crate::ledger::{DeadLetter, shared};
 use crate::routing::{Scratch, Table, UNROUTED};
 
+/// What is said about an event where it is parked or dead: its status, and what it is ordered by.
+const SAID: [Field; 4] = [Field::Status, Field::MessageId, Field::RecipientId, Field::SenderId];
+/// For so many bytes of them there is always room, and a byte takes so many at most, in JSON.
+const FIELDS: usize = 1024;
+const ESCAPED: usize = 6;
+
 /// Addresses events as rules say. What no route matches is a dead letter from the start, and nobody has to read the journal
 /// for it.
 pub(super) struct ByRules {
@@ -68,7 +74,7 @@ impl Addressing for ByRules {
             Err(error) => {
                 error!(%error, "an event can't be read that came just now; it is a dead letter");
                 let letter = unreadable_letter(Position::ZERO, entry.clone(), error.to_string());
-                return Address { key: None, groups: Vec::new(), aside: Some(self.dead(letter)) };
+                return Address { key: None, groups: Vec::new(), about: 0, aside: Some(self.dead(letter)) };
             }
         };
         let mut scratch = Scratch::default();
@@ -80,6 +86,12 @@ impl Addressing for ByRules {
             })
             .collect();
         let aside = if groups.is_empty() { self.unrouted(&event) } else { None };
-        Address { key: self.key_of(&event), groups, aside }
+        Address { key: self.key_of(&event), groups, about: about(&event), aside }
     }
+}
+
+/// How much room the event's fields take where it is parked or dead, beyond what there is.
+fn about(event: &Event) -> usize {
+    let fields = SAID.iter().filter_map(|field| event.field(*field)).map(str::len).sum::<usize>();
+    fields.saturating_sub(FIELDS).saturating_mul(ESCAPED)
 }

@@ -277,6 +277,9 @@ async fn an_event_that_is_longer_than_kafka_takes_is_refused() {
     assert_eq!(relay.post(long(10_000)).await.status, 200);
     let answer = relay.post(long(33_000)).await;
     assert_eq!(answer.status, 413, "{answer:?}");
+    // There would be no room for its status beside it where it is parked.
+    let answer = relay.post(event(1, &"\\u0001".repeat(3_500))).await;
+    assert_eq!(answer.status, 413, "{answer:?}");
     receiver.wait_for(1).await;
     relay.stop().await;
 }

@@ -153,7 +153,7 @@ impl Appender {
             return Err(AppendError::TooLarge { bytes: longest, max: self.max_entry });
         }
         let mut sent = Vec::with_capacity(entries.len());
-        for (entry, Address { key, groups, aside }) in entries {
+        for (entry, Address { key, groups, aside, .. }) in entries {
             sent.push((self.begin(entry, key, groups)?, aside));
         }
         Ok(self.arrived(sent))
@@ -198,10 +198,11 @@ impl Appender {
     }
 }
 
-/// What an entry takes, with what it is sent with, in bytes.
+/// What an entry takes with what it is sent with, or with what is said about it later, in bytes.
 fn size(entry: &Bytes, address: &Address) -> u64 {
     let groups = address.groups.iter().map(|(group, route)| group.len() + route.len() + HEADER_OVERHEAD);
-    (entry.len() + groups.sum::<usize>()) as u64
+    let sent_with = groups.sum::<usize>() + address.key.as_ref().map_or(0, String::len);
+    (entry.len() + sent_with.max(address.about)) as u64
 }
 
 async fn stored(producer: &Producer, sent: Sent, aside: Option<Aside>) -> Result<(), SendError> {

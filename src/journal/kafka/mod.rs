@@ -127,6 +127,8 @@ pub struct Address {
     pub key: Option<String>,
     /// The groups that it is for, each with the route that says so.
     pub groups: Vec<(String, String)>,
+    /// How much is said about it where it is parked or dead, in bytes, beyond what there is room for in any case.
+    pub about: usize,
     /// What has to be written besides, for the entry to count as appended.
     pub aside: Option<Aside>,
 }
