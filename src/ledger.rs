@@ -88,6 +88,9 @@ enum Written {
 
 /// Makes durable elsewhere what a transaction has written, before it is committed here.
 trait Commit: Send {
+    /// Waits until it is time for another transaction.
+    fn pace(&mut self);
+
     /// Notes by what right it is written, before anything is.
     fn begin(&mut self);
 
@@ -291,6 +294,9 @@ fn serve(connection: &mut Connection, commit: &mut Option<Box<dyn Commit>>, queu
     let mut open = true;
     while open && let Ok(first) = queue.recv() {
         let mut requests = Vec::new();
+        if let Some(commit) = commit {
+            commit.pace();
+        }
         for message in std::iter::once(first).chain(queue.try_iter().take(QUEUE)) {
             match message {
                 Message::Request(request) => requests.push(request),

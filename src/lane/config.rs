@@ -223,3 +223,19 @@ impl FromStr for StartAt {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_share_what_a_sink_may_do() {
+        let config = Config { rate: Some(Rate { interval: Duration::from_millis(10) }), ..Config::new(30) };
+        let share = config.share(12);
+        assert_eq!((share.concurrency, share.max_parked), (3, 8_334));
+        assert_eq!(share.rate, Some(Rate { interval: Duration::from_millis(120) }));
+        assert_eq!(share.window_bytes, (32 << 20) / 12 + 1);
+        assert_eq!(config.share(100_000_000).concurrency, 1);
+        assert_eq!(config.share(0), config);
+    }
+}

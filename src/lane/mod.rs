@@ -14,8 +14,8 @@
 //! - A delivery that succeeds at once costs the ledger nothing: only the cursor is written, for many at a time.
 //!
 //! `order`, `window` and `parking` keep the books; `retry`, `breaker` and `rate` decide; `outcome` carries that out;
-//! `storage` speaks to the ledger, `control` to operators. `unrouted` is the lane of events that no route matches. A lane
-//! does not know what kind of sink it has, nor any other lane.
+//! `storage` speaks to the ledger, `control` to operators. `unrouted` is the lane of events that no route matches, where
+//! that is not settled when they are accepted. A lane does not know what kind of sink it has, nor any other lane.
 
 mod breaker;
 mod config;

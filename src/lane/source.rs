@@ -16,6 +16,8 @@ use crate::routing::{RouteId, Scratch, SinkId, Table, UNROUTED};
 
 /// How much of the journal is read at once, in bytes.
 const READ_BYTES: u64 = 256 << 10;
+/// The same where it is read on a thread that others wait for.
+const READ_BYTES_INLINE: u64 = 64 << 10;
 /// After the journal's end was reached, how long to let events gather before reading again.
 const GATHER: Duration = Duration::from_millis(4);
 
@@ -23,6 +25,8 @@ const GATHER: Duration = Duration::from_millis(4);
 pub(super) struct Source {
     state: State,
     filter: Filter,
+    /// Whether others have had their turn since the last read.
+    rested: bool,
     not_before: Instant,
     released: Position,
     /// The journal's end.
@@ -92,20 +96,26 @@ impl Filter {
 impl Source {
     pub(super) fn new(reader: Reader, filter: Filter) -> Self {
         let (released, end) = (reader.position(), reader.watch_end());
-        Self { state: State::Home(reader), filter, not_before: Instant::now(), released, end }
+        Self { state: State::Home(reader), filter, rested: true, not_before: Instant::now(), released, end }
     }
 
     /// The next events; waits for them. Nothing is lost if the future is dropped and called for again.
     pub(super) async fn next(&mut self) -> Result<Batch, ReadError> {
         if let State::Home(reader) = &mut self.state {
+            if !std::mem::replace(&mut self.rested, true) {
+                tokio::task::yield_now().await;
+            }
             sleep_until(self.not_before.into()).await;
             reader.readable().await;
         }
         let (reader, batch) = match std::mem::replace(&mut self.state, State::Gone) {
-            State::Home(reader) if !reader.blocks() => read(reader, &self.filter),
+            State::Home(reader) if !reader.blocks() => {
+                self.rested = false;
+                read(reader, &self.filter, READ_BYTES_INLINE)
+            }
             State::Home(reader) => {
                 let filter = self.filter.clone();
-                self.state = State::Away(tokio::task::spawn_blocking(move || read(reader, &filter)));
+                self.state = State::Away(tokio::task::spawn_blocking(move || read(reader, &filter, READ_BYTES)));
                 self.back().await
             }
             other => {
@@ -164,11 +174,11 @@ impl Source {
     }
 }
 
-/// Reads about [`READ_BYTES`]. May block.
-fn read(mut reader: Reader, filter: &Filter) -> (Reader, Result<Batch, ReadError>) {
+/// Reads about so much. May block.
+fn read(mut reader: Reader, filter: &Filter, bytes: u64) -> (Reader, Result<Batch, ReadError>) {
     let mut found = Vec::new();
     let mut scratch = Scratch::default();
-    let result = reader.read(READ_BYTES, |position, Entry { record, route }| {
+    let result = reader.read(bytes, |position, Entry { record, route }| {
         match Event::decode(record.clone()) {
             Ok(event) => {
                 let route = match route {

@@ -5,6 +5,7 @@
 //! `<prefix>.dead-letters`. All of what is settled together moves in one transaction, which the group's coordinator refuses
 //! from a replica that has left the group meanwhile. It does not look at who has which partition: that what a lane wanted to
 //! write before it went elsewhere is not written later, is seen to here. Writing something again changes nothing: everything has a key.
+//! Dead letters that no lane has seen, those of `unrouted`, are written when their events are accepted.
 //!
 //! `records` is how it looks in Kafka, `commit` and `transactor` write it, `load` reads what another replica has left, `letters` what has died.
 

@@ -16,7 +16,7 @@ use crate::routing::{Scratch, Table, UNROUTED};
 /// What is said about an event where it is parked or dead: its status, and what it is ordered by.
 const SAID: [Field; 4] = [Field::Status, Field::MessageId, Field::RecipientId, Field::SenderId];
 /// For so many bytes of them there is always room, and a byte takes so many at most, in JSON.
-const FIELDS: usize = 1024;
+const FIELD_BYTES: usize = 1024;
 const ESCAPED: usize = 6;
 
 /// Addresses events as rules say. What no route matches is a dead letter from the start, and nobody has to read the journal
@@ -26,7 +26,7 @@ pub(super) struct ByRules {
     key: Field,
     dead_letters: Arc<str>,
     metrics: Metrics,
-    warnings: Mutex<Throttle>,
+    warnings: Arc<Mutex<Throttle>>,
 }
 
 impl ByRules {
@@ -37,7 +37,7 @@ impl ByRules {
             KeyBy::SenderId => Field::SenderId,
         };
         let (table, dead_letters) = (Arc::clone(table), config.dead_letters().into());
-        Self { table, key, dead_letters, metrics: metrics.clone(), warnings: Mutex::default() }
+        Self { table, key, dead_letters, metrics: metrics.clone(), warnings: Arc::default() }
     }
 
     /// A message's events stay together in any case.
@@ -46,15 +46,20 @@ impl ByRules {
     }
 
     fn unrouted(&self, event: &Event) -> Option<Aside> {
-        self.metrics.unrouted().inc();
+        let (metrics, warnings) = (self.metrics.clone(), Arc::clone(&self.warnings));
         if !self.table.keeps_unrouted() {
+            metrics.unrouted().inc();
             return None;
         }
-        let mut warnings = self.warnings.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(suppressed) = warnings.admit(Instant::now()) {
-            warn!(suppressed, "no route matches; the event is a dead letter of the sink unrouted");
-        }
-        Some(self.dead(unrouted_letter(Position::ZERO, event)))
+        let dead = self.dead(unrouted_letter(Position::ZERO, event));
+        Some(Box::new(move |place| {
+            metrics.unrouted().inc();
+            let admitted = warnings.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
+            if let Some(suppressed) = admitted {
+                warn!(suppressed, "no route matches; the event is a dead letter of the sink unrouted");
+            }
+            dead(place)
+        }))
     }
 
     fn dead(&self, letter: DeadLetter) -> Aside {
@@ -93,5 +98,5 @@ impl Addressing for ByRules {
 /// How much room the event's fields take where it is parked or dead, beyond what there is.
 fn about(event: &Event) -> usize {
     let fields = SAID.iter().filter_map(|field| event.field(*field)).map(str::len).sum::<usize>();
-    fields.saturating_sub(FIELDS).saturating_mul(ESCAPED)
+    fields.saturating_sub(FIELD_BYTES).saturating_mul(ESCAPED)
 }

@@ -17,7 +17,7 @@ use super::post::Post;
 use crate::admin;
 use crate::journal::kafka::{Board, Config, Journal, known_sinks};
 use crate::lane::{Controls, Course, Metrics, Phase, Remains};
-use crate::routing::Table;
+use crate::routing::{Table, UNROUTED};
 use crate::rules::Rules;
 use crate::sink::BuildError;
 use crate::telemetry::Traces;
@@ -54,7 +54,8 @@ impl Cluster {
         let (in_force, posts, ending) = (InForce::new(rules), BTreeMap::new(), JoinSet::new());
         let mut cluster = Self { journal, board, in_force, posts, ending, metrics, traces };
         for built in cluster.in_force.build(cluster.traces.as_ref())? {
-            cluster.spawn(built, Controls::default())?;
+            let (name, running) = cluster.open(built, &cluster.in_force.rules().table, Controls::default())?;
+            cluster.posts.insert(name, running);
         }
         cluster.publish();
         let (config, table) = (cluster.journal.config().clone(), Arc::clone(&cluster.in_force.rules().table));
@@ -75,19 +76,21 @@ impl Cluster {
         })
     }
 
-    /// Follows other rules, as planned.
+    /// Follows other rules, as planned; or nothing has changed.
     pub(super) fn follow(&mut self, rules: Rules, plan: Plan) -> Result<Changes, RunError> {
         let mut changes = Changes::default();
         // A sink that is new has to be there before anything is addressed to it; one that goes, as long as something is.
-        for built in plan.added {
-            changes.added.push(built.name().to_owned());
-            self.spawn(built, Controls::default())?;
+        let mut opened = Vec::new();
+        for built in plan.added.into_iter().chain(plan.replaced) {
+            let before = self.posts.get(built.name());
+            let controls = before.map(|running| running.controls.clone()).unwrap_or_default();
+            opened.push(self.open(built, &rules.table, controls)?);
         }
         self.journal.readdress(Box::new(ByRules::new(&rules.table, self.journal.config(), &self.metrics)));
-        for built in plan.replaced {
-            changes.changed.push(built.name().to_owned());
-            let controls = self.end(built.name(), false);
-            self.spawn(built, controls)?;
+        for (name, running) in opened {
+            let known = if self.end(&name, false) { &mut changes.changed } else { &mut changes.added };
+            known.push(name.clone());
+            self.posts.insert(name, running);
         }
         let is_gone = |name: &&String| rules.table.sink(name).is_none();
         for name in self.posts.keys().filter(is_gone).cloned().collect::<Vec<_>>() {
@@ -132,22 +135,20 @@ impl Cluster {
         self.journal.close().await;
     }
 
-    fn spawn(&mut self, built: Built, controls: Controls) -> Result<(), RunError> {
+    /// A sink's post, which ends if it is dropped.
+    fn open(&self, built: Built, table: &Arc<Table>, controls: Controls) -> Result<(String, Running), RunError> {
         let (name, built) = (built.name().to_owned(), Arc::new(built));
         controls.set_paused(admin::Cluster::is_paused(&self.board, &name));
-        let course = Arc::new(Course::new(Arc::clone(&self.in_force.rules().table)));
+        let course = Arc::new(Course::new(Arc::clone(table)));
         let post = Post::open(Arc::clone(&built), &self.journal, course, self.metrics.clone(), controls.clone())?;
         let (phase, bury) = (watch::Sender::new(Phase::Running), watch::Sender::new(false));
         let task = tokio::spawn(post.run(phase.subscribe(), bury.subscribe()));
-        self.posts.insert(name, Running { built, controls, phase, bury, task });
-        Ok(())
+        Ok((name, Running { built, controls, phase, bury, task }))
     }
 
-    /// Lets a post finish what is under way; how to reach the lanes of the next.
-    fn end(&mut self, name: &str, bury: bool) -> Controls {
-        let Some(Running { built, controls, phase, bury: told, task }) = self.posts.remove(name) else {
-            return Controls::default();
-        };
+    /// Lets a post finish what is under way; whether there is one.
+    fn end(&mut self, name: &str, bury: bool) -> bool {
+        let Some(Running { built, phase, bury: told, task, .. }) = self.posts.remove(name) else { return false };
         told.send_replace(bury);
         phase.send_replace(Phase::Finishing);
         self.ending.spawn(async move {
@@ -156,7 +157,7 @@ impl Cluster {
             drop(phase);
             built.close().await;
         });
-        controls
+        true
     }
 
     fn publish(&self) {
@@ -170,12 +171,12 @@ fn tell_of_left_behind(config: &Config, table: &Table) {
         Ok(known) => known,
         Err(error) => return debug!(%error, "brokers do not say which groups there are"),
     };
-    for sink in known.iter().filter(|sink| table.sink(sink).is_none()) {
+    for sink in known.iter().filter(|sink| *sink != UNROUTED && table.sink(sink).is_none()) {
         let topic = config.parked();
         warn!(
             sink,
             topic,
-            "a sink that was in the rules once is there no more: what it has parked stays in the topic until it is back; \
+            "a sink that was in the rules once is there no more: what it may have parked stays in the topic until it is back; \
              to make dead letters of it, bring the sink back, and take it away by a reload"
         );
     }

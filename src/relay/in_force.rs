@@ -37,6 +37,14 @@ pub(super) struct Plan {
     pub(super) replaced: Vec<Built>,
 }
 
+/// What there is of a sink when rules change.
+pub(super) enum Standing<'s> {
+    Stays(&'s Built),
+    /// It will be replaced or closed already.
+    Ends,
+    None,
+}
+
 /// What a change of the rules means for the sinks.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
@@ -109,14 +117,6 @@ impl InForce {
         let (rules, loaded_at, last_reload) = (self.rules.clone(), self.loaded_at, self.last_reload.clone());
         self.live.store(Arc::new(Live { rules, lanes, loaded_at, last_reload }));
     }
-}
-
-/// What there is of a sink when rules change.
-pub(super) enum Standing<'s> {
-    Stays(&'s Built),
-    /// It will be replaced or closed already.
-    Ends,
-    None,
 }
 
 impl Built {

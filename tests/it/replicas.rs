@@ -182,6 +182,8 @@ async fn rules_change_on_one_replica_after_the_other() {
     assert_eq!(relays[1].post(event(3, "read")).await.status, 200);
     new.wait_for(2).await;
     agree(&relays, "to know of the dead letter", |status| status["dead_letters"] == json!({ "unrouted": 1 })).await;
+    assert_eq!(relays[1].get("/api/v1/routes").await["unrouted"], 1);
+    assert_eq!(relays[0].get("/api/v1/routes").await["unrouted"], 0);
     stop(relays).await;
 }
 
@@ -203,7 +205,8 @@ async fn a_sink_that_is_gone_at_a_start_is_told_of() {
     let setup = relay.kill().await;
     setup.file("routes.toml", &rules(&receiver).replace("http]", "new]").replace("[\"http\"]", "[\"new\"]"));
     let relay = setup.start_within(AGREEMENT).await;
-    let told = || relay.log().into_iter().find(|line| line["message"].to_string().contains("what it has parked stays"));
+    let told =
+        || relay.log().into_iter().find(|line| line["message"].to_string().contains("what it may have parked stays"));
     let wait = async {
         while told().is_none() {
             tokio::time::sleep(POLL).await

@@ -208,6 +208,10 @@ fn size(entry: &Bytes, address: &Address) -> u64 {
 async fn stored(producer: &Producer, sent: Sent, aside: Option<Aside>) -> Result<(), SendError> {
     let place = producer.arrived(sent).await?;
     if let Some(aside) = aside {
+        // A broker may say that it has the record already, and not where.
+        if place.offset < 0 {
+            return Err(SendError::Report(Code::DuplicateSequenceNumber));
+        }
         producer.send(&aside(place)).await?;
     }
     Ok(())

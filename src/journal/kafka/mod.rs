@@ -2,7 +2,8 @@
 //!
 //! # What it guarantees
 //!
-//! - An append that returned `Ok` is on all in-sync replicas of its partitions, `min_insync` of them at least. One that
+//! - An append that returned `Ok` is on all in-sync replicas of its partitions, `min_insync` of them at least, and so is what
+//!   had to be written besides. One that
 //!   returned an error may be stored nevertheless, in whole or in part.
 //! - Entries with one key are in one partition, and keep their order there for as long as the number of partitions stays
 //!   the same.

@@ -191,8 +191,11 @@ async fn describe(
             Ok(described) => described.entries.is_empty(),
             Err(code) => *code == Code::UnknownTopicOrPartition,
         };
-        if !described.iter().any(is_unknown) || Instant::now() >= deadline {
+        if !described.iter().any(is_unknown) {
             return Ok(described);
+        }
+        if Instant::now() >= deadline {
+            return Err(unreachable(config, KafkaError::AdminOp(Code::UnknownTopicOrPartition)));
         }
         sleep(POLL).await;
     }

@@ -18,8 +18,8 @@ use crate::kafka::Log;
 /// After so long without an end the coordinator aborts a transaction, in milliseconds. Whoever takes a partition over may
 /// have to wait for that.
 const TRANSACTION_TIMEOUT: &str = "10000";
-/// How often there is a transaction at most: each costs the brokers a dozen writes. What lanes ask for meanwhile goes into the
-/// next.
+/// How often there is a transaction at most: each costs the brokers a dozen writes. What lanes ask for meanwhile goes into
+/// the next.
 const PACE: Duration = Duration::from_millis(200);
 
 /// Writes one sink's transactions.
@@ -97,12 +97,15 @@ impl Committer {
 }
 
 impl Commit for Committer {
+    fn pace(&mut self) {
+        std::thread::sleep(self.not_before.saturating_duration_since(Instant::now()));
+    }
+
     fn begin(&mut self) {
         self.right = self.member.right();
     }
 
     fn commit(&mut self, written: &[Written]) -> Result<(), String> {
-        std::thread::sleep(self.not_before.saturating_duration_since(Instant::now()));
         let begun = Instant::now();
         self.not_before = begun + PACE;
         match self.transact(written) {
