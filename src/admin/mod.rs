@@ -110,6 +110,7 @@ impl Config {
 }
 
 /// What is in force until the rules change.
+#[derive(Clone)]
 pub struct Live {
     /// The rules.
     pub rules: Rules,

@@ -30,6 +30,14 @@ pub struct Record {
     pub body: Option<Bytes>,
 }
 
+impl Record {
+    /// The headers, as librdkafka takes them.
+    pub fn headers(&self) -> OwnedHeaders {
+        let headers = OwnedHeaders::new_with_capacity(self.headers.len());
+        self.headers.iter().fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
+    }
+}
+
 /// A record on its way.
 pub struct Sent {
     producer: FutureProducer<Log>,
@@ -107,7 +115,7 @@ impl Producer {
             KafkaError::Canceled => SendError::Closed,
             error => SendError::Local(code_of(&error)),
         })?;
-        let mut message: FutureRecord<'_, str, [u8]> = FutureRecord::to(&record.topic).headers(headers(record));
+        let mut message: FutureRecord<'_, str, [u8]> = FutureRecord::to(&record.topic).headers(record.headers());
         if let Some(body) = &record.body {
             message = message.payload(&**body);
         }
@@ -182,11 +190,6 @@ impl Producer {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn headers(record: &Record) -> OwnedHeaders {
-    let headers = OwnedHeaders::new_with_capacity(record.headers.len());
-    record.headers.iter().fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
 }
 
 fn code_of(error: &KafkaError) -> RDKafkaErrorCode {

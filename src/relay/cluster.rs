@@ -160,7 +160,7 @@ impl Cluster {
         true
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         self.in_force.publish(|name| Some(self.posts.get(name)?.controls.clone()));
     }
 }

@@ -18,9 +18,8 @@ const SINK_CLOSE: Duration = Duration::from_secs(3);
 
 /// The rules in force, and what the admin side sees of them.
 pub(super) struct InForce {
-    rules: Rules,
-    loaded_at: SystemTime,
-    last_reload: Option<Reload>,
+    now: Live,
+    /// The same, as it was published last.
     live: Arc<ArcSwap<Live>>,
 }
 
@@ -55,13 +54,13 @@ pub(super) struct Changes {
 
 impl InForce {
     pub(super) fn new(rules: Rules) -> Self {
-        let (loaded_at, last_reload) = (SystemTime::now(), None);
-        let live = Live { rules: rules.clone(), lanes: Vec::new(), loaded_at, last_reload: None };
-        Self { rules, loaded_at, last_reload, live: Arc::new(ArcSwap::from_pointee(live)) }
+        let now = Live { rules, lanes: Vec::new(), loaded_at: SystemTime::now(), last_reload: None };
+        let live = Arc::new(ArcSwap::from_pointee(now.clone()));
+        Self { now, live }
     }
 
     pub(super) fn rules(&self) -> &Rules {
-        &self.rules
+        &self.now.rules
     }
 
     /// The rules in force, and how to reach the lanes.
@@ -71,7 +70,7 @@ impl InForce {
 
     /// All sinks of the rules.
     pub(super) fn build(&self, traces: Option<&Traces>) -> Result<Vec<Built>, BuildError> {
-        self.rules.sinks.iter().map(|sink| Built::new(sink, traces)).collect()
+        self.now.rules.sinks.iter().map(|sink| Built::new(sink, traces)).collect()
     }
 
     /// What other rules mean; `standing` is what there is of a sink's name. Nothing has changed yet.
@@ -93,29 +92,25 @@ impl InForce {
 
     /// Other rules are in force now.
     pub(super) fn change(&mut self, rules: Rules) {
-        (self.rules, self.loaded_at) = (rules, SystemTime::now());
+        (self.now.rules, self.now.loaded_at) = (rules, SystemTime::now());
     }
 
     /// Says what is in force to those who look at it.
-    pub(super) fn publish(&self, controls: impl Fn(&str) -> Option<Controls>) {
-        let lanes = self.rules.sinks.iter().filter_map(|sink| Some((sink.name.clone(), controls(&sink.name)?)));
-        self.store(lanes.collect());
+    pub(super) fn publish(&mut self, controls: impl Fn(&str) -> Option<Controls>) {
+        let sinks = self.now.rules.sinks.iter();
+        self.now.lanes = sinks.filter_map(|sink| Some((sink.name.clone(), controls(&sink.name)?))).collect();
+        self.live.store(Arc::new(self.now.clone()));
     }
 
     /// Remembers how the last reload went, for those who look at it.
     pub(super) fn note(&mut self, reload: Reload) {
-        self.last_reload = Some(reload);
-        self.store(self.live.load().lanes.clone());
+        self.now.last_reload = Some(reload);
+        self.live.store(Arc::new(self.now.clone()));
     }
 
     /// Whether the last reload was refused.
     pub(super) fn was_refused(&self) -> bool {
-        self.last_reload.as_ref().is_some_and(|reload| reload.outcome == Outcome::Refused)
-    }
-
-    fn store(&self, lanes: Vec<(String, Controls)>) {
-        let (rules, loaded_at, last_reload) = (self.rules.clone(), self.loaded_at, self.last_reload.clone());
-        self.live.store(Arc::new(Live { rules, lanes, loaded_at, last_reload }));
+        self.now.last_reload.as_ref().is_some_and(|reload| reload.outcome == Outcome::Refused)
     }
 }
 

@@ -343,7 +343,7 @@ impl Lanes {
         Ok(())
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         self.in_force.publish(|name| Some(Controls::one(self.running.get(name)?.control.clone())));
     }
 }

@@ -3,8 +3,7 @@
 //! # What it guarantees
 //!
 //! - An append that returned `Ok` is on all in-sync replicas of its partitions, `min_insync` of them at least, and so is what
-//!   had to be written besides. One that
-//!   returned an error may be stored nevertheless, in whole or in part.
+//!   had to be written besides. One that returned an error may be stored nevertheless, in whole or in part.
 //! - Entries with one key are in one partition, and keep their order there for as long as the number of partitions stays
 //!   the same.
 //! - Who an entry is for is settled when it is appended, and written with it: relays that change their rules at different

@@ -65,9 +65,7 @@ impl Committer {
     fn transact(&mut self, written: &[Written]) -> KafkaResult<()> {
         // Whoever has left the group, or was never in it, has nothing to write.
         let right = self.right.take().ok_or(KafkaError::Canceled)?;
-        let (parked, dead) = (self.config.parked(), self.config.dead_letters());
-        let records = written.iter().filter_map(|written| records::of(&self.sink, written));
-        let records = records.map(|record| (if record.is_dead { dead.clone() } else { parked.clone() }, record));
+        let records = written.iter().filter_map(|written| records::of(&self.config, &self.sink, written));
         let work = Work { records: records.collect(), offsets: self.offsets(written)?, right };
         let transactor = match self.transactor.take() {
             Some(transactor) => transactor,

@@ -12,31 +12,22 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD_NO_PAD as BASE64;
 use bytes::Bytes;
-use rdkafka::message::{BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use serde::{Deserialize, Serialize};
 
 use super::super::{DeadLetter, Millis, Parked, Progress, Written};
 use crate::journal::Position;
-use crate::journal::kafka::{number_of, place_of};
-use crate::kafka;
+use crate::journal::kafka::{Config, number_of, place_of};
+use crate::kafka::Record;
 
 /// The end of the key of a partition's mark.
 const OPENED: &str = "opened";
-/// The header that says what has become of a dead letter.
+/// The headers that say what is parked, and what has become of a dead letter.
+const PARKED: &str = "parked";
 const DEAD: &str = "dead";
 /// The most bytes of settled positions: a broker's limit on an offset's metadata is 4096, and Base64 takes a third more.
 /// Deliveries further ahead than that are repeated when another replica takes over.
 const MAX_AHEAD: usize = 3000;
-
-/// A record to be written.
-pub(super) struct Record {
-    pub(super) is_dead: bool,
-    pub(super) partition: i32,
-    pub(super) key: String,
-    /// Nothing removes what has the key.
-    pub(super) value: Option<Bytes>,
-    pub(super) headers: Option<OwnedHeaders>,
-}
 
 /// A dead letter as it was found.
 #[derive(Debug)]
@@ -87,50 +78,47 @@ pub(super) enum Found {
 }
 
 /// What something that was written becomes, if it becomes a record.
-pub(super) fn of(sink: &str, written: &Written) -> Option<Record> {
+pub(super) fn of(config: &Config, sink: &str, written: &Written) -> Option<Record> {
     let number = |lane: &str| lane.parse().unwrap_or(-1);
+    let parked = |lane: &str, end: &str, headers, body| Record {
+        topic: config.parked(),
+        partition: Some(number(lane)),
+        key: Some(format!("{sink}/{end}")),
+        headers,
+        body,
+    };
     match written {
         Written::Progress { .. } => None,
-        Written::Opened { lane, mark } => Some(Record {
-            is_dead: false,
-            partition: number(lane),
-            key: format!("{sink}/{OPENED}"),
-            value: Some(Bytes::copy_from_slice(mark.as_bytes())),
-            headers: None,
-        }),
-        Written::Parked { lane, position, parked } => Some(Record {
-            is_dead: false,
-            partition: number(lane),
-            key: format!("{sink}/{}", position.to_stored()),
-            value: parked.as_ref().map(|parked| parked.record.clone()),
-            headers: parked.as_ref().map(|parked| header("parked", &parked_meta(parked))),
-        }),
-        Written::Dead { lane, letter, died_at } => Some(Record {
-            is_dead: true,
-            partition: number(lane),
-            key: dead_key(sink, number(lane), letter.position),
-            value: Some(letter.record.clone()),
-            headers: Some(header(DEAD, &dead_meta(letter, *died_at))),
-        }),
+        Written::Opened { lane, mark } => {
+            Some(parked(lane, OPENED, Vec::new(), Some(Bytes::copy_from_slice(mark.as_bytes()))))
+        }
+        Written::Parked { lane, position, parked: found } => {
+            let headers = found.iter().map(|found| header(PARKED, &parked_meta(found))).collect();
+            let body = found.as_ref().map(|found| found.record.clone());
+            Some(parked(lane, &position.to_stored().to_string(), headers, body))
+        }
+        Written::Dead { lane, letter, died_at } => {
+            Some(of_dead(&config.dead_letters(), sink, number(lane), letter, *died_at))
+        }
     }
 }
 
-/// A dead letter that no lane has written, for an entry of this partition.
-pub(super) fn of_dead(topic: &str, sink: &str, partition: i32, letter: &DeadLetter, died_at: Millis) -> kafka::Record {
-    kafka::Record {
+/// A dead letter, for an entry of this partition.
+pub(super) fn of_dead(topic: &str, sink: &str, partition: i32, letter: &DeadLetter, died_at: Millis) -> Record {
+    Record {
         topic: topic.to_owned(),
         partition: Some(partition),
         key: Some(dead_key(sink, partition, letter.position)),
-        headers: vec![(DEAD.to_owned(), to_json(&dead_meta(letter, died_at)))],
+        headers: vec![header(DEAD, &dead_meta(letter, died_at))],
         body: Some(letter.record.clone()),
     }
 }
 
 /// What removes a dead letter whose event is at this place.
-pub(super) fn removed(topic: &str, sink: &str, place: Position) -> kafka::Record {
+pub(super) fn removed(topic: &str, sink: &str, place: Position) -> Record {
     let (partition, offset) = place_of(place);
     let key = Some(dead_key(sink, partition, Position::from_stored(offset)));
-    kafka::Record { topic: topic.to_owned(), partition: Some(partition), key, headers: Vec::new(), body: None }
+    Record { topic: topic.to_owned(), partition: Some(partition), key, headers: Vec::new(), body: None }
 }
 
 fn dead_key(sink: &str, partition: i32, position: Position) -> String {
@@ -146,7 +134,7 @@ pub(super) fn read_parked(sink: &str, message: &BorrowedMessage<'_>) -> Option<F
     }
     let position = Position::from_stored(place.parse().ok()?);
     let Some(record) = message.payload() else { return Some(Found::Unparked(position)) };
-    let meta: ParkedMeta = read_header("parked", message)?;
+    let meta: ParkedMeta = read_header(PARKED, message)?;
     Some(Found::Parked(Box::new(Parked {
         key: meta.key,
         position,
@@ -245,13 +233,9 @@ fn dead_meta(letter: &DeadLetter, died_at: Millis) -> DeadMeta {
     }
 }
 
-fn header(name: &str, meta: &impl Serialize) -> OwnedHeaders {
-    OwnedHeaders::new_with_capacity(1).insert(Header { key: name, value: Some(&to_json(meta)) })
-}
-
 /// Strings and numbers are always JSON.
-fn to_json(meta: &impl Serialize) -> String {
-    serde_json::to_string(meta).unwrap_or_default()
+fn header(name: &str, meta: &impl Serialize) -> (String, String) {
+    (name.to_owned(), serde_json::to_string(meta).unwrap_or_default())
 }
 
 fn read_header<T: for<'d> Deserialize<'d>>(name: &str, message: &BorrowedMessage<'_>) -> Option<T> {

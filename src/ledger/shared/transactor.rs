@@ -14,8 +14,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
 use rdkafka::{ClientConfig, TopicPartitionList};
 use tracing::warn;
 
-use super::records::Record;
-use crate::kafka::Log;
+use crate::kafka::{Log, Record};
 
 /// How long each step of a transaction may take, the first of a producer twice that.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,8 +25,7 @@ const QUEUE_PAUSE: Duration = Duration::from_millis(10);
 
 /// What is written in one transaction.
 pub(super) struct Work {
-    /// With the topics that they are for.
-    pub(super) records: Vec<(String, Record)>,
+    pub(super) records: Vec<Record>,
     pub(super) offsets: TopicPartitionList,
     /// By which membership of the group.
     pub(super) right: Arc<ConsumerGroupMetadata>,
@@ -113,19 +111,21 @@ fn transact(
 }
 
 fn fill(producer: &BaseProducer<Log>, Work { records, offsets, right }: Work) -> KafkaResult<()> {
-    records.iter().try_for_each(|(topic, record)| send(producer, topic, record))?;
+    records.iter().try_for_each(|record| send(producer, record))?;
     producer.send_offsets_to_transaction(&offsets, &right, TIMEOUT)
 }
 
-fn send(producer: &BaseProducer<Log>, topic: &str, record: &Record) -> KafkaResult<()> {
+fn send(producer: &BaseProducer<Log>, record: &Record) -> KafkaResult<()> {
     loop {
-        let mut message: BaseRecord<'_, str, [u8]> =
-            BaseRecord::to(topic).key(record.key.as_str()).partition(record.partition);
-        if let Some(value) = &record.value {
-            message = message.payload(&value[..]);
+        let mut message: BaseRecord<'_, str, [u8]> = BaseRecord::to(&record.topic).headers(record.headers());
+        if let Some(key) = &record.key {
+            message = message.key(key.as_str());
         }
-        if let Some(headers) = &record.headers {
-            message = message.headers(headers.clone());
+        if let Some(partition) = record.partition {
+            message = message.partition(partition);
+        }
+        if let Some(body) = &record.body {
+            message = message.payload(&**body);
         }
         match producer.send(message) {
             Err((KafkaError::MessageProduction(Code::QueueFull), _)) => producer.poll(QUEUE_PAUSE),
