@@ -213,7 +213,8 @@ async fn serve_http1(
 /// on it is reset, and the client may never see the answer.
 async fn linger(mut stream: impl AsyncRead + Unpin) {
     let mut left = LINGER_BYTES;
-    let mut buffer = [0; 4096];
+    // Not in the future, which every connection has room for.
+    let mut buffer = vec![0; 4096];
     let read_on = async {
         while let Ok(read @ 1..) = stream.read(&mut buffer).await
             && left > 0
@@ -252,11 +253,12 @@ fn service(
     answering: Answering,
     activity: Arc<Activity>,
 ) -> impl HttpService<Incoming, ResBody = Full<Bytes>, Error = Infallible, Future: Send> {
-    service_fn(move |request| {
+    service_fn(move |mut request| {
         let busy = activity.begin();
         let (handler, peer) = (Arc::clone(&answering.handler), answering.peer);
         async move {
-            let response = handler.handle(request, peer).await;
+            let response = handler.handle(&mut request, peer).await;
+            handler.drain(request, response.status());
             drop(busy);
             Ok(response)
         }

@@ -74,11 +74,25 @@ impl Handler {
     }
 
     /// Answers a request. May be dropped at any time: events that were handed to the journal are stored nevertheless.
-    pub(super) async fn handle(&self, mut request: Request<Incoming>, peer: IpAddr) -> Response<Full<Bytes>> {
-        let span = self.traces.as_ref().map(|traces| self.span(traces, &mut request));
-        let response = self.answer(request, peer).await;
+    ///
+    /// Borrows the request, since it is large, and each future that owned it would be larger by twice as much.
+    pub(super) async fn handle(&self, request: &mut Request<Incoming>, peer: IpAddr) -> Response<Full<Bytes>> {
+        let begun = Instant::now();
+        let span = self.traces.as_ref().map(|traces| Box::new(self.span(traces, request)));
+        let response = match self.accept(request, peer).await {
+            Ok(response) => {
+                self.metrics.acknowledged(begun.elapsed());
+                response
+            }
+            Err(refusal) => {
+                let response = refusal.into_response(self, request.version());
+                // Over HTTP/2 hyper would send the content nevertheless, which breaks the protocol.
+                if request.method() == Method::HEAD { response.map(|_| Full::default()) } else { response }
+            }
+        };
+        let status = response.status();
+        self.metrics.answered(status);
         if let Some(mut span) = span {
-            let status = response.status();
             span.set("http.response.status_code", i64::from(status.as_u16()));
             if status.is_server_error() {
                 span.fail(status.as_str().to_owned(), "");
@@ -118,58 +132,28 @@ impl Handler {
         span
     }
 
-    async fn answer(&self, request: Request<Incoming>, peer: IpAddr) -> Response<Full<Bytes>> {
-        let begun = Instant::now();
-        let (version, is_head) = (request.version(), request.method() == Method::HEAD);
-        let response = match self.accept(request, peer).await {
-            Ok(response) => {
-                self.metrics.acknowledged(begun.elapsed());
-                response
-            }
-            // Over HTTP/2 hyper would send the content nevertheless, which breaks the protocol.
-            Err(refusal) if is_head => refusal.into_response(self, version).map(|_| Full::default()),
-            Err(refusal) => refusal.into_response(self, version),
-        };
-        self.metrics.answered(response.status());
-        response
-    }
-
     /// Counts a request whose headers have not come in time.
     pub(super) fn timed_out(&self) {
         self.metrics.answered(StatusCode::REQUEST_TIMEOUT);
     }
 
-    async fn accept(&self, request: Request<Incoming>, peer: IpAddr) -> Result<Response<Full<Bytes>>, Refusal> {
-        let (head, mut body) = request.into_parts();
+    async fn accept(&self, request: &mut Request<Incoming>, peer: IpAddr) -> Result<Response<Full<Bytes>>, Refusal> {
         let access = self.gate.load();
-        let token = match self.check(&access, &head, peer) {
-            Ok(token) => token,
-            Err(refusal) => {
-                self.drain(body, &head.headers);
-                return Err(refusal);
-            }
-        };
-        let content = match self.read(&mut body).await {
-            Ok(content) => content,
-            Err(Refusal::BodyTimeout) => return Err(Refusal::BodyTimeout),
-            Err(refusal) => {
-                self.drain(body, &head.headers);
-                return Err(refusal);
-            }
-        };
-        if !access.verify(&head.headers, &content) {
+        let token = self.check(&access, request, peer)?;
+        let content = self.read(request.body_mut()).await?;
+        if !access.verify(request.headers(), &content) {
             return Err(Refusal::Unauthorized { wanted: access.wanted() });
         }
         let (storing, answer) = match &self.dedup {
-            None => self.store(&content, token, &head.headers)?,
-            Some(dedup) => self.store_new(dedup, &content, token, &head.headers).await?,
+            None => self.store(&content, token, request.headers())?,
+            Some(dedup) => self.store_new(dedup, &content, token, request.headers()).await?,
         };
         let events = self.metrics.events(token);
-        // The request's buffers are free for the next one, and its map of headers serves the answer.
-        drop((content, body, access));
-        let mut headers = head.headers;
-        headers.clear();
+        drop((content, access));
         events.inc_by(storing.done().await?);
+        // The request's map of headers serves the answer.
+        let mut headers = std::mem::take(request.headers_mut());
+        headers.clear();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let mut response = Response::new(Full::from(answer));
         *response.headers_mut() = headers;
@@ -262,31 +246,34 @@ impl Handler {
     }
 
     /// What can be said before the body is read; the name of the sender's token.
-    fn check<'a>(&self, access: &'a Access, head: &http::request::Parts, peer: IpAddr) -> Result<&'a str, Refusal> {
-        if !access.allows(peer, &head.headers) {
+    fn check<'a>(&self, access: &'a Access, request: &Request<Incoming>, peer: IpAddr) -> Result<&'a str, Refusal> {
+        let headers = request.headers();
+        if !access.allows(peer, headers) {
             return Err(Refusal::Forbidden);
         }
-        if head.uri.path() != self.path {
+        if request.uri().path() != self.path {
             return Err(Refusal::NotFound);
         }
-        if head.method != Method::POST {
+        if request.method() != Method::POST {
             return Err(Refusal::MethodNotAllowed);
         }
-        let token = access.token(&head.headers).ok_or_else(|| Refusal::Unauthorized { wanted: access.wanted() })?;
-        let length = head.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+        let token = access.token(headers).ok_or_else(|| Refusal::Unauthorized { wanted: access.wanted() })?;
+        let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
         match length {
             Some(length) if length > self.max_body => Err(Refusal::TooLarge),
             Some(_) | None => Ok(token),
         }
     }
 
-    /// Reads the rest of a refused body, within limits: a connection that is closed with unread bytes on it is reset, and
-    /// the sender may never see the answer.
-    fn drain(&self, mut body: Incoming, headers: &HeaderMap) {
-        // Whoever waits to be told to go on sends nothing after a refusal.
-        if body.is_end_stream() || headers.contains_key(EXPECT) {
+    /// Reads what is left of the body of a request that was refused, within limits: a connection that is closed with
+    /// unread bytes on it is reset, and the sender may never see the answer.
+    pub(super) fn drain(&self, request: Request<Incoming>, answer: StatusCode) {
+        // Whoever waits to be told to go on sends nothing after a refusal, and who is too slow is waited for no longer.
+        let is_over = answer.is_success() || answer == StatusCode::REQUEST_TIMEOUT;
+        if is_over || request.body().is_end_stream() || request.headers().contains_key(EXPECT) {
             return;
         }
+        let mut body = request.into_body();
         let (limit, time) = (self.max_body.saturating_mul(DRAIN), self.body_timeout);
         tokio::spawn(timeout(time, async move {
             let mut read = 0;

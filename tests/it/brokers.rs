@@ -17,7 +17,7 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
@@ -426,6 +426,15 @@ pub(crate) async fn create_topic(brokers: &str, topic: &str, settings: &[(&str, 
     let options = AdminOptions::new().operation_timeout(Some(PATIENCE)).request_timeout(Some(PATIENCE));
     let made = admin(brokers).create_topics([&new], &options).await.expect("Kafka answers");
     assert!(made.iter().all(Result::is_ok), "cannot make the topic {topic}: {made:?}");
+}
+
+/// Sets these settings of a topic, and all others to what they are by default.
+pub(crate) async fn set_topic(brokers: &str, topic: &str, settings: &[(&str, &str)]) {
+    let topic = AlterConfig::new(ResourceSpecifier::Topic(topic));
+    let changed = settings.iter().fold(topic, |topic, (name, value)| topic.set(name, value));
+    let options = AdminOptions::new().request_timeout(Some(PATIENCE));
+    let done = admin(brokers).alter_configs([&changed], &options).await.expect("Kafka answers");
+    assert!(done.iter().all(Result::is_ok), "cannot set {settings:?}: {done:?}");
 }
 
 /// Collects what is and comes in topics, from their beginning. It outlives a restart of the brokers.

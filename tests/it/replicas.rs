@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::brokers::{create_topic, shared_kafka, unique};
+use crate::brokers::{create_topic, set_topic, shared_kafka, unique};
 use crate::harness::{Receiver, Relay, Reply, Setup, event, within_time};
 
 /// How long replicas may take to agree, on a busy machine.
@@ -284,5 +284,50 @@ async fn an_event_that_is_longer_than_kafka_takes_is_refused() {
     let answer = relay.post(event(1, &"\\u0001".repeat(3_500))).await;
     assert_eq!(answer.status, 413, "{answer:?}");
     receiver.wait_for(1).await;
+    relay.stop().await;
+}
+
+/// Its dead letter is written before the 200, and an event without that is not accepted.
+#[tokio::test]
+async fn what_no_route_matches_waits_for_its_dead_letter() {
+    let receiver = Receiver::accepting().await;
+    let (prefix, setup) = (unique("aside"), Setup::new(&rules(&receiver)));
+    setup.file("relay.toml", &settings(&prefix, ""));
+    let relay = setup.start_within(AGREEMENT).await;
+    let topic = format!("{prefix}.dead-letters");
+    set_topic(&shared_kafka(), &topic, &[("cleanup.policy", "compact"), ("max.message.bytes", "100")]).await;
+    let answer = relay.post(event(1, "read")).await;
+    assert_eq!(answer.status, 503, "{answer:?}");
+    assert_eq!(answer.headers["retry-after"], "1");
+    // What a route matches has no need of it.
+    assert_eq!(relay.post(event(2, "sent")).await.status, 200);
+    receiver.wait_for(1).await;
+    assert_eq!(relay.get("/api/v1/status").await["dead_letters"], json!({}));
+
+    set_topic(&shared_kafka(), &topic, &[("cleanup.policy", "compact")]).await;
+    assert_eq!(relay.post(event(3, "read")).await.status, 200);
+    let kept = async {
+        while relay.get("/api/v1/status").await["dead_letters"]["unrouted"] != 1 {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    within_time(AGREEMENT, "the dead letter to be there", kept).await;
+    let letters = relay.get("/api/v1/dead-letters?sink=unrouted").await;
+    assert_eq!(letters["dead_letters"][0]["status"], "read", "{letters}");
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn what_no_route_matches_is_only_counted_without_keep() {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&format!("{}[unrouted]\nkeep = false\n", rules(&receiver)));
+    setup.file("relay.toml", &settings(&unique("counted"), ""));
+    let relay = setup.start_within(AGREEMENT).await;
+    for (number, status) in [(0, "read"), (1, "sent"), (2, "read")] {
+        assert_eq!(relay.post(event(number, status)).await.status, 200);
+    }
+    receiver.wait_for(1).await;
+    assert_eq!(relay.get("/api/v1/routes").await["unrouted"], 2);
+    assert_eq!(relay.get("/api/v1/status").await["dead_letters"], json!({}));
     relay.stop().await;
 }

@@ -11,7 +11,7 @@
 //!
 //! All numbers are little-endian. Twenty zero bytes end a segment's records.
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 
 /// Bytes of a record before its payload.
 pub(super) const HEADER: usize = 20;
@@ -145,8 +145,8 @@ pub(super) fn entries(mut payload: Bytes) -> impl Iterator<Item = Bytes> {
     std::iter::from_fn(move || {
         let len = u32::from_le_bytes(*payload.first_chunk()?) as usize;
         (payload.len() >= ENTRY_OVERHEAD + len).then(|| {
-            let mut entry = payload.split_to(ENTRY_OVERHEAD + len);
-            entry.split_off(ENTRY_OVERHEAD)
+            payload.advance(ENTRY_OVERHEAD);
+            payload.split_to(len)
         })
     })
 }

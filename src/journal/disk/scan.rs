@@ -56,12 +56,12 @@ impl Scanner {
     /// The next item before `limit`, an offset in the file at which a record may end but none begins.
     pub(super) fn next(&mut self, limit: u64) -> io::Result<Item> {
         match self.record_at(self.offset, limit)? {
-            Some((header, record)) => {
+            Some((header, payload)) => {
                 self.offset += header.record_len();
                 self.next_seq = header.next_seq();
                 Ok(match header.count {
                     0 => Item::Gap { header },
-                    _ => Item::Record { header, payload: record.slice(HEADER..) },
+                    _ => Item::Record { header, payload },
                 })
             }
             None => match self.find_record(limit)? {
@@ -81,14 +81,16 @@ impl Scanner {
         self.next_seq = next_seq;
     }
 
-    /// The record at `offset`, if there is a whole and valid one that can follow the last.
+    /// Header and payload of the record at `offset`, if there is a whole and valid one that can follow the last.
     fn record_at(&mut self, offset: u64, limit: u64) -> io::Result<Option<(Header, Bytes)>> {
-        let Some(header) = Header::read(&self.bytes(offset, HEADER as u64, limit)?) else { return Ok(None) };
+        let range = self.read(offset, HEADER as u64, limit)?;
+        let Some(header) = self.window.get(range).and_then(Header::read) else { return Ok(None) };
         if !self.is_plausible(header, offset, limit) {
             return Ok(None);
         }
-        let record = self.bytes(offset, header.record_len(), limit)?;
-        Ok(record::is_valid(&record, self.identity).then_some((header, record)))
+        let range = self.read(offset, header.record_len(), limit)?;
+        let is_valid = self.window.get(range.clone()).is_some_and(|record| record::is_valid(record, self.identity));
+        Ok(is_valid.then(|| (header, self.window.slice(range.start + HEADER..range.end))))
     }
 
     /// What can be told without reading the payload: length and sequence number are possible here.
@@ -137,11 +139,19 @@ impl Scanner {
 
     /// `len` bytes at `offset`, fewer where `limit` or the file's end comes before.
     fn bytes(&mut self, offset: u64, len: u64, limit: u64) -> io::Result<Bytes> {
+        let range = self.read(offset, len, limit)?;
+        Ok(self.window.slice(range))
+    }
+
+    /// Reads the file there, if that is not in the window; where in the window the bytes are.
+    fn read(&mut self, offset: u64, len: u64, limit: u64) -> io::Result<Range<usize>> {
         let len = len.min(limit.saturating_sub(offset));
         let window_end = self.window_at + self.window.len() as u64;
         if offset < self.window_at || offset + len > window_end {
             let wanted = len.max(WINDOW).min(limit.saturating_sub(offset));
-            let mut window = vec![0; usize::try_from(wanted).unwrap_or(usize::MAX)];
+            // The same memory, unless someone still has a part of it.
+            let mut window = std::mem::take(&mut self.window).try_into_mut().unwrap_or_default();
+            window.resize(usize::try_from(wanted).unwrap_or(usize::MAX), 0);
             let read = read_at(&self.file, &mut window, offset)?;
             window.truncate(read);
             self.window = window.into();
@@ -149,7 +159,7 @@ impl Scanner {
         }
         let start = usize::try_from(offset - self.window_at).unwrap_or(usize::MAX);
         let end = start + usize::try_from(len).unwrap_or(usize::MAX);
-        Ok(self.window.slice(start..end.min(self.window.len())))
+        Ok(start..end.min(self.window.len()))
     }
 }
 
