@@ -7,7 +7,7 @@ use serde::de::{DeserializeSeed, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
-use super::{ABSENT, EventId, Field, Span, TRACEPARENT_LEN, VERSION};
+use super::{ABSENT, EventId, Field, HEAD, Span, TRACEPARENT_LEN, VERSION};
 
 /// An event of a request body, before it is stored.
 #[derive(Debug)]
@@ -97,6 +97,8 @@ impl<'a> Parsed<'a> {
         let micros = received_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
         let traceparent = traceparent.filter(|value| is_traceparent(value)).unwrap_or_default();
         let token = truncated(token, u8::MAX.into());
+        let texts = [token, traceparent, self.body, &self.fields.unescaped];
+        out.reserve(HEAD + texts.iter().map(|text| text.len()).sum::<usize>());
         out.extend([VERSION, byte_len(token), byte_len(traceparent)]);
         out.extend(id.0);
         out.extend(u64::try_from(micros).unwrap_or(u64::MAX).to_le_bytes());
@@ -105,7 +107,7 @@ impl<'a> Parsed<'a> {
             out.extend(offset.to_le_bytes());
             out.extend(len.to_le_bytes());
         }
-        for text in [token, traceparent, self.body, &self.fields.unescaped] {
+        for text in texts {
             out.extend_from_slice(text.as_bytes());
         }
     }

@@ -1,8 +1,12 @@
 //! A librdkafka producer that is replaced when it has failed for good.
 
-use std::sync::{Mutex, PoisonError};
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
@@ -13,7 +17,7 @@ use tracing::warn;
 
 use super::Log;
 
-/// How long [`Producer::close`] waits for what is on its way.
+/// How long a producer that is not needed any more waits for what is on its way.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What is sent.
@@ -39,10 +43,7 @@ impl Record {
 }
 
 /// A record on its way.
-pub struct Sent {
-    producer: FutureProducer<Log>,
-    report: DeliveryFuture,
-}
+pub struct Sent(DeliveryFuture);
 
 /// Where a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +73,9 @@ pub enum SendError {
 pub struct Producer {
     config: ClientConfig,
     log: Log,
-    state: Mutex<State>,
+    state: ArcSwap<State>,
+    /// Held while the state is changed.
+    changing: Mutex<()>,
 }
 
 enum State {
@@ -84,7 +87,7 @@ enum State {
 impl Producer {
     /// For a sink, or for the journal.
     pub fn new(log: Log, config: ClientConfig) -> Self {
-        Self { config, log, state: Mutex::new(State::Unmade) }
+        Self { config, log, state: ArcSwap::from_pointee(State::Unmade), changing: Mutex::new(()) }
     }
 
     /// Makes the producer now, so that a mistake in its settings shows at the start.
@@ -93,7 +96,7 @@ impl Producer {
     ///
     /// librdkafka does not take the settings.
     pub fn prepare(&self) -> KafkaResult<()> {
-        self.current().map(drop)
+        self.make().map(drop)
     }
 
     /// Sends one record and awaits its delivery report, which librdkafka gives within the message time-out.
@@ -111,11 +114,10 @@ impl Producer {
     ///
     /// [`SendError`]: nothing was sent.
     pub fn begin(&self, record: &Record) -> Result<Sent, SendError> {
-        let producer = self.current().map_err(|error| match error {
-            KafkaError::Canceled => SendError::Closed,
-            error => SendError::Local(code_of(&error)),
-        })?;
-        let mut message: FutureRecord<'_, str, [u8]> = FutureRecord::to(&record.topic).headers(record.headers());
+        let mut message: FutureRecord<'_, str, [u8]> = FutureRecord::to(&record.topic);
+        if !record.headers.is_empty() {
+            message = message.headers(record.headers());
+        }
         if let Some(body) = &record.body {
             message = message.payload(&**body);
         }
@@ -125,13 +127,14 @@ impl Producer {
         if let Some(partition) = record.partition {
             message = message.partition(partition);
         }
-        match producer.send_result(message) {
-            Ok(report) => Ok(Sent { producer, report }),
-            Err((error, _message)) => {
-                self.replace_failed(producer);
-                Err(SendError::Local(code_of(&error)))
-            }
-        }
+        let sent = match &**self.state.load() {
+            State::Made(producer) => producer.send_result(message),
+            State::Unmade | State::Closed => self.make().map_err(|error| refused(&error))?.send_result(message),
+        };
+        sent.map(Sent).map_err(|(error, _message)| {
+            self.replace_failed();
+            refused(&error)
+        })
     }
 
     /// Awaits a record's delivery report.
@@ -139,56 +142,80 @@ impl Producer {
     /// # Errors
     ///
     /// [`SendError`].
-    pub async fn arrived(&self, Sent { producer, report }: Sent) -> Result<Place, SendError> {
-        let result = match report.await {
-            Ok(Ok(accepted)) => return Ok(Place { partition: accepted.partition, offset: accepted.offset }),
-            Ok(Err((error, _message))) => Err(SendError::Report(code_of(&error))),
-            Err(_canceled) => Err(SendError::Closed),
+    pub async fn arrived(&self, mut sent: Sent) -> Result<Place, SendError> {
+        poll_fn(|cx| self.poll_arrived(&mut sent, cx)).await
+    }
+
+    /// [`Producer::arrived`], for whoever is a future already.
+    pub fn poll_arrived(&self, sent: &mut Sent, cx: &mut Context<'_>) -> Poll<Result<Place, SendError>> {
+        let error = match ready!(Pin::new(&mut sent.0).poll(cx)) {
+            Ok(Ok(accepted)) => {
+                return Poll::Ready(Ok(Place { partition: accepted.partition, offset: accepted.offset }));
+            }
+            Ok(Err((error, _message))) => SendError::Report(code_of(&error)),
+            Err(_canceled) => SendError::Closed,
         };
-        self.replace_failed(producer);
-        result
+        self.replace_failed();
+        Poll::Ready(Err(error))
     }
 
     /// Waits for the reports of what was sent, a few seconds at most, and lets go of the producer.
     pub async fn close(&self) {
-        let state = std::mem::replace(&mut *self.lock(), State::Closed);
-        let State::Made(producer) = state else { return };
-        let flush = tokio::task::spawn_blocking(move || producer.flush(FLUSH_TIMEOUT));
+        let changing = self.lock();
+        let state = self.state.swap(Arc::new(State::Closed));
+        drop(changing);
+        let flush = tokio::task::spawn_blocking(move || state.flush());
         if let Ok(Err(error)) = flush.await {
             warn!(sink = self.log.sink(), %error, "some records were not acknowledged before the producer was closed");
         }
     }
 
     /// The producer, made now if need be; `Canceled` after [`Producer::close`].
-    fn current(&self) -> KafkaResult<FutureProducer<Log>> {
-        let mut state = self.lock();
-        match &*state {
+    fn make(&self) -> KafkaResult<FutureProducer<Log>> {
+        let _changing = self.lock();
+        match &**self.state.load() {
             State::Made(producer) => Ok(producer.clone()),
             State::Closed => Err(KafkaError::Canceled),
             State::Unmade => {
                 let producer = FutureProducer::from_config_and_context(&self.config, self.log.clone())?;
-                *state = State::Made(producer.clone());
+                self.state.store(Arc::new(State::Made(producer.clone())));
                 Ok(producer)
             }
         }
     }
 
-    fn replace_failed(&self, producer: FutureProducer<Log>) {
+    /// Another is made for the next record, if this one has failed for good.
+    fn replace_failed(&self) {
+        let changing = self.lock();
+        let state = self.state.load_full();
+        let State::Made(producer) = &*state else { return };
         let Some((code, reason)) = producer.client().fatal_error() else { return };
-        let failed = |client: &FutureProducer<Log>| client.client().fatal_error().is_some();
-        let mut state = self.lock();
-        let old = match &*state {
-            State::Made(current) if failed(current) => std::mem::replace(&mut *state, State::Unmade),
-            State::Made(_) | State::Unmade | State::Closed => return,
-        };
-        drop(state);
+        self.state.store(Arc::new(State::Unmade));
+        drop(changing);
         warn!(sink = self.log.sink(), %code, reason, "the producer failed for good and is made anew");
-        // The last one to let go waits for librdkafka's threads.
-        tokio::task::spawn_blocking(move || drop((old, producer)));
+        // What is on its way gets its report. The last one to let go waits for librdkafka's threads.
+        tokio::task::spawn_blocking(move || drop(state.flush()));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Waits for the reports of what was sent.
+    fn flush(&self) -> KafkaResult<()> {
+        match self {
+            Self::Made(producer) => producer.flush(FLUSH_TIMEOUT),
+            Self::Unmade | Self::Closed => Ok(()),
+        }
+    }
+}
+
+fn refused(error: &KafkaError) -> SendError {
+    match error {
+        KafkaError::Canceled => SendError::Closed,
+        error => SendError::Local(code_of(error)),
     }
 }
 

@@ -46,14 +46,14 @@ impl ByRules {
     }
 
     fn unrouted(&self, event: &Event) -> Option<Aside> {
-        let (metrics, warnings) = (self.metrics.clone(), Arc::clone(&self.warnings));
         if !self.table.keeps_unrouted() {
-            metrics.unrouted().inc();
+            self.metrics.unrouted().inc();
             return None;
         }
+        let (unrouted, warnings) = (self.metrics.unrouted().clone(), Arc::clone(&self.warnings));
         let dead = self.dead(unrouted_letter(Position::ZERO, event));
         Some(Box::new(move |place| {
-            metrics.unrouted().inc();
+            unrouted.inc();
             let admitted = warnings.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
             if let Some(suppressed) = admitted {
                 warn!(suppressed, "no route matches; the event is a dead letter of the sink unrouted");

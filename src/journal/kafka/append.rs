@@ -69,7 +69,13 @@ impl View {
 }
 
 /// An append on its way to the brokers.
-pub struct Append(BoxFuture<'static, Result<(), AppendError>>);
+pub struct Append(OnItsWay);
+
+enum OnItsWay {
+    /// Most are of one record, and need no memory of their own.
+    One(Arc<Producer>, Sent),
+    More(BoxFuture<'static, Result<(), AppendError>>),
+}
 
 impl Journal {
     /// Makes what topics there are not, and checks them.
@@ -183,18 +189,23 @@ impl Appender {
     }
 
     fn arrived(&self, sent: Vec<(Sent, Option<Aside>)>) -> Append {
-        let has_aside = sent.iter().any(|(_, aside)| aside.is_some());
         let producer = Arc::clone(&self.producer);
+        let sent = match <[_; 1]>::try_from(sent) {
+            Ok([(only, None)]) => return Append(OnItsWay::One(producer, only)),
+            Ok(one) => one.into(),
+            Err(sent) => sent,
+        };
+        let has_aside = sent.iter().any(|(_, aside)| aside.is_some());
         let arrived = async move {
             let all = sent.into_iter().map(|(sent, aside)| stored(&producer, sent, aside));
             try_join_all(all).await.map(drop).map_err(refused)
         };
         if !has_aside {
-            return Append(Box::pin(arrived));
+            return Append(OnItsWay::More(Box::pin(arrived)));
         }
         // A task of its own: dropping an append takes nothing back.
         let task = tokio::spawn(arrived);
-        Append(Box::pin(async move { task.await.unwrap_or(Err(AppendError::Closed)) }))
+        Append(OnItsWay::More(Box::pin(async move { task.await.unwrap_or(Err(AppendError::Closed)) })))
     }
 }
 
@@ -221,7 +232,12 @@ impl Future for Append {
     type Output = Result<(), AppendError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.as_mut().poll(cx)
+        match &mut self.0 {
+            OnItsWay::One(producer, sent) => {
+                producer.poll_arrived(sent, cx).map(|place| place.map(drop).map_err(refused))
+            }
+            OnItsWay::More(arrived) => arrived.as_mut().poll(cx),
+        }
     }
 }
 
