@@ -3,12 +3,13 @@
 mod producer;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::ConsumerContext;
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::producer::{DeliveryResult, ProducerContext};
 use tracing::{debug, info, warn};
 
@@ -30,20 +31,31 @@ pub const RESERVED_OPTIONS: [(&str, &str); 12] = [
     ("plugin.library.paths", "plugins are not loaded"),
 ];
 
+/// Within this time the same error is the same one: producers are told of each twice.
+const REPEATED: Duration = Duration::from_secs(1);
+
 /// librdkafka's log as ours. It reconnects by itself, so that nothing it says is more than a warning.
 #[derive(Clone, Default)]
 pub struct Log {
     sink: Option<Arc<str>>,
+    last_error: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
 impl Log {
     /// Of a sink's client; the journal's have none.
     pub fn of_sink(sink: &str) -> Self {
-        Self { sink: Some(sink.into()) }
+        Self { sink: Some(sink.into()), ..Self::default() }
     }
 
     fn sink(&self) -> Option<&str> {
         self.sink.as_deref()
+    }
+
+    fn is_repeated(&self, reason: &str) -> bool {
+        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_repeated = last.as_ref().is_some_and(|(at, last)| last == reason && at.elapsed() < REPEATED);
+        *last = Some((Instant::now(), reason.to_owned()));
+        is_repeated
     }
 }
 
@@ -57,6 +69,12 @@ impl ClientContext for Log {
             return debug!(sink, facility, message, "librdkafka");
         }
         match level {
+            // It comes as an error too.
+            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error
+                if facility == "FAIL" =>
+            {
+                debug!(sink, facility, message, "librdkafka");
+            }
             RDKafkaLogLevel::Emerg
             | RDKafkaLogLevel::Alert
             | RDKafkaLogLevel::Critical
@@ -68,7 +86,13 @@ impl ClientContext for Log {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        warn!(sink = self.sink(), %error, reason, "librdkafka reports an error");
+        let sink = self.sink();
+        match error.rdkafka_error_code() {
+            // That follows from the others.
+            Some(Code::AllBrokersDown) => debug!(sink, %error, reason, "librdkafka reports an error"),
+            _ if self.is_repeated(reason) => {}
+            _ => warn!(sink, %error, reason, "librdkafka reports an error"),
+        }
     }
 
     fn stats_raw(&self, _statistics: &[u8]) {}

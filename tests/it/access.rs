@@ -22,13 +22,13 @@ use crate::harness::{PATH, Raw, Receiver, Relay, Setup, TOKEN, event, eventually
 const SCREEN: &str = include_str!("../../routes.toml");
 
 /// A certificate authority, and where it puts what it makes.
-struct Authority {
+pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     dir: TempDir,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut parameters = CertificateParams::new(Vec::new()).unwrap();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         // A name of its own, or else clients take another's for it and complain of the signature.
@@ -45,7 +45,7 @@ impl Authority {
 
     fn issue(&self, name: &str, year: i32) {
         let key = KeyPair::generate().unwrap();
-        let mut parameters = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        let mut parameters = CertificateParams::new(["localhost", "127.0.0.1"].map(str::to_owned)).unwrap();
         parameters.not_after = rcgen::date_time_ymd(year, 1, 2);
         let certificate = parameters.signed_by(&key, &self.issuer).unwrap();
         std::fs::write(self.file(&format!("{name}.pem")), certificate.pem()).unwrap();
@@ -53,11 +53,11 @@ impl Authority {
         std::fs::write(self.file(&format!("{name}.both")), certificate.pem() + &key.serialize_pem()).unwrap();
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn ca(&self) -> PathBuf {
+    pub(crate) fn ca(&self) -> PathBuf {
         self.file("ca.pem")
     }
 

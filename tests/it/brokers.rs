@@ -95,6 +95,11 @@ impl OwnBroker {
         Self::up(Kind::Kafka, &["--nodes", &count.to_string(), "--native"]).await
     }
 
+    /// Starts one that takes clients over TLS only; see `scripts/brokers --help`.
+    pub(crate) async fn start_with_tls(kind: Kind, pems: &Path) -> Self {
+        Self::up(kind, &["--tls", pems.to_str().expect("UTF-8")]).await
+    }
+
     async fn up(kind: Kind, options: &[&str]) -> Self {
         let dir = std::env::temp_dir().join(unique("brokers"));
         let end = down_at_end_of_input(&dir);
@@ -158,11 +163,11 @@ impl OwnBroker {
     }
 
     /// Runs `rabbitmqctl`.
-    pub(crate) async fn ctl(&self, arguments: &[&str]) {
+    pub(crate) async fn ctl(&self, arguments: &[&str]) -> String {
         let mut words = self.variables["RABBITMQ_CTL"].split_whitespace();
         let mut command = Command::new(words.next().expect("RABBITMQ_CTL is a command"));
         command.args(words).args(arguments);
-        run(command).await;
+        run(command).await
     }
 
     async fn script(&self, arguments: &[&str]) -> String {

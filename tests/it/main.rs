@@ -57,4 +57,6 @@ mod replicas;
 #[cfg(test)]
 mod rolling;
 #[cfg(test)]
+mod secured;
+#[cfg(test)]
 mod traces;

@@ -124,7 +124,10 @@ impl Board {
     /// Waits until all that was told before is noted: it is, when what is told now is.
     async fn catch_up(&self, config: &Config) -> Result<(), OpenError> {
         let name = format!("joined/{:016x}", rand::random::<u64>());
-        let unreachable = |source| OpenError::Unreachable { brokers: config.brokers.join(", "), source };
+        let unreachable = |error: KafkaError| OpenError::Unreachable {
+            brokers: config.brokers.join(", "),
+            reason: error.to_string(),
+        };
         self.tell(&name, Some(b"")).await.map_err(unreachable)?;
         let mut changed = self.watch();
         let noted = changed.wait_for(|_| self.has(&name));

@@ -268,12 +268,12 @@ impl Config {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The brokers did not answer, or refused.
-    #[error("Kafka can't be reached at {brokers}, or refuses: check journal.brokers and journal.options")]
+    #[error("Kafka can't be reached at {brokers}, or refuses: check journal.brokers and journal.options: {reason}")]
     Unreachable {
         /// Where they should be.
         brokers: String,
         /// What librdkafka says.
-        source: KafkaError,
+        reason: String,
     },
     /// A topic could not be made.
     #[error("the topic {topic} can't be made: {reason}")]

@@ -1,14 +1,17 @@
 //! The journal's topics: made where there are none, and checked for what would weaken the guarantee.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rdkafka::ClientContext;
 use rdkafka::admin::{
     AdminClient, AdminOptions, ConfigEntry, ConfigResourceResult, NewTopic, ResourceSpecifier, TopicReplication,
 };
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
 use rdkafka::metadata::MetadataTopic;
+use rdkafka::producer::{BaseProducer, DeliveryResult, Producer as _, ProducerContext};
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
@@ -22,6 +25,9 @@ const POLL: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_secs(1);
 /// The longest batch of records that brokers take unless they are told otherwise, in bytes.
 const MAX_MESSAGE: u64 = 1_048_588;
+
+/// How long librdkafka may take to say why it can't reach brokers.
+const HEARING: Duration = Duration::from_millis(50);
 
 /// What was found.
 pub struct Topics {
@@ -45,12 +51,12 @@ struct Wanted {
 ///
 /// [`OpenError`]: they do not answer, or what there is would weaken what is guaranteed.
 pub async fn prepare(config: &Config, patience: Duration) -> Result<Topics, OpenError> {
-    let admin: AdminClient<Log> = AdminClient::from_config_and_context(&config.client(), Log::default())?;
+    let brokers = Brokers::new(config)?;
     let deadline = Instant::now() + patience;
     loop {
-        match attempt(&admin, config).await {
-            Err(OpenError::Unreachable { source, .. }) if Instant::now() < deadline => {
-                warn!(error = %source, "the brokers are not ready; trying again");
+        match brokers.prepare().await {
+            Err(OpenError::Unreachable { reason, .. }) if Instant::now() < deadline => {
+                warn!(reason, "the brokers are not ready; trying again");
                 sleep(PAUSE).await;
             }
             result => return result,
@@ -58,28 +64,184 @@ pub async fn prepare(config: &Config, patience: Duration) -> Result<Topics, Open
     }
 }
 
-async fn attempt(admin: &AdminClient<Log>, config: &Config) -> Result<Topics, OpenError> {
-    let wanted = wanted(config);
-    let known = metadata(admin, config).await?;
-    for topic in wanted.iter().filter(|topic| !known.contains_key(&topic.name)) {
-        create(admin, config, topic).await?;
+/// The brokers of the journal, as those see them who make topics.
+struct Brokers<'c> {
+    config: &'c Config,
+    admin: AdminClient<Log>,
+    /// Asks what there is: the other would never hear why there is no answer.
+    client: BaseProducer<Reasons>,
+}
+
+/// Hears why brokers can't be reached. What a call returns only says that they can't.
+#[derive(Clone, Default)]
+struct Reasons {
+    log: Log,
+    last: Arc<Mutex<Option<String>>>,
+}
+
+impl Reasons {
+    fn note(&self, reason: &str) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.to_owned());
     }
-    let found = await_topics(admin, config, &wanted).await?;
-    for (topic, described) in wanted.iter().zip(describe(admin, config, &wanted).await?) {
-        let described = described.map_err(|code| wrong(topic, format!("its settings can't be read: {code}")))?;
-        check_settings(config, topic, &described.entry_map())?;
-        check_replicas(config, topic, found.get(&topic.name))?;
+
+    /// The last one. What repeats itself is not always said again.
+    fn last(&self) -> Option<String> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
-    let partitions = |name: &str| found.get(name).map_or(0, |found| found.partitions);
-    let events = partitions(&config.events());
-    for topic in [config.parked(), config.dead_letters()] {
-        let found = partitions(&topic);
-        if found != events {
-            let reason = format!("it has {found} partitions and {} has {events}: give it as many", config.events());
-            return Err(OpenError::Topic { topic, reason });
+}
+
+impl ClientContext for Reasons {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        // Some reasons are only logged, with a thread's name before them.
+        match facility {
+            "FAIL" => self.note(message.split_once("]: ").map_or(message, |(_thread, reason)| reason)),
+            _ => self.log.log(level, facility, message),
         }
     }
-    Ok(Topics { partitions: events })
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        // That follows from the others.
+        if error.rdkafka_error_code() != Some(Code::AllBrokersDown) {
+            self.note(reason);
+        }
+    }
+
+    fn stats_raw(&self, _statistics: &[u8]) {}
+}
+
+impl ProducerContext for Reasons {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, _result: &DeliveryResult<'_>, (): ()) {}
+}
+
+impl<'c> Brokers<'c> {
+    fn new(config: &'c Config) -> KafkaResult<Self> {
+        let admin = AdminClient::from_config_and_context(&config.client(), Log::default())?;
+        let mut client = config.client();
+        client.set("log.connection.close", "true").set_log_level(RDKafkaLogLevel::Info);
+        let client = BaseProducer::from_config_and_context(&client, Reasons::default())?;
+        Ok(Self { config, admin, client })
+    }
+
+    async fn prepare(&self) -> Result<Topics, OpenError> {
+        let wanted = wanted(self.config);
+        let known = self.metadata().await?;
+        for topic in wanted.iter().filter(|topic| !known.contains_key(&topic.name)) {
+            self.create(topic).await?;
+        }
+        let found = self.await_topics(&wanted).await?;
+        for (topic, described) in wanted.iter().zip(self.describe(&wanted).await?) {
+            let described = described.map_err(|code| wrong(topic, format!("its settings can't be read: {code}")))?;
+            check_settings(self.config, topic, &described.entry_map())?;
+            check_replicas(self.config, topic, found.get(&topic.name))?;
+        }
+        let partitions = |name: &str| found.get(name).map_or(0, |found| found.partitions);
+        let events = partitions(&self.config.events());
+        for topic in [self.config.parked(), self.config.dead_letters()] {
+            let found = partitions(&topic);
+            if found != events {
+                let reason =
+                    format!("it has {found} partitions and {} has {events}: give it as many", self.config.events());
+                return Err(OpenError::Topic { topic, reason });
+            }
+        }
+        Ok(Topics { partitions: events })
+    }
+
+    async fn create(&self, topic: &Wanted) -> Result<(), OpenError> {
+        let config = self.config;
+        let (min_insync, max_message) =
+            (config.min_insync.to_string(), config.max_message().max(MAX_MESSAGE).to_string());
+        let mut new = NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(config.replication))
+            .set("min.insync.replicas", &min_insync)
+            .set("max.message.bytes", &max_message)
+            .set("unclean.leader.election.enable", "false");
+        for (name, value) in &topic.settings {
+            new = new.set(name, value);
+        }
+        let created = self.admin.create_topics([&new], &options()).await.map_err(|error| self.unreachable(&error))?;
+        match created.into_iter().next() {
+            // Another replica was faster.
+            Some(Err((_, Code::TopicAlreadyExists))) | None => Ok(()),
+            Some(Ok(_)) => {
+                info!(
+                    topic = topic.name,
+                    partitions = topic.partitions,
+                    replication = config.replication,
+                    "topic made"
+                );
+                Ok(())
+            }
+            Some(Err((name, code))) => {
+                let hint = match code {
+                    Code::InvalidReplicationFactor => {
+                        format!("; journal.replication is {}: are there as many brokers?", config.replication)
+                    }
+                    _ => String::new(),
+                };
+                Err(OpenError::Create { topic: name, reason: format!("{code}{hint}") })
+            }
+        }
+    }
+
+    async fn metadata(&self) -> Result<HashMap<String, Found>, OpenError> {
+        // Blocks, at most for the time of a start.
+        let metadata = tokio::task::block_in_place(|| self.client.client().fetch_metadata(None, TIMEOUT / 3));
+        let metadata = metadata.map_err(|error| self.unreachable(&error))?;
+        let usable = |topic: &&MetadataTopic| topic.error().is_none() && !topic.partitions().is_empty();
+        let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
+        let found = metadata.topics().iter().filter(usable).map(|topic| {
+            let replicas = topic.partitions().iter().map(|partition| number(partition.replicas().len())).min();
+            let found = Found { partitions: number(topic.partitions().len()), replicas: replicas.unwrap_or(0) };
+            (topic.name().to_owned(), found)
+        });
+        Ok(found.collect())
+    }
+
+    /// Waits until all are known: it takes a moment after they were made.
+    async fn await_topics(&self, wanted: &[Wanted]) -> Result<HashMap<String, Found>, OpenError> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let found = self.metadata().await?;
+            match wanted.iter().find(|topic| !found.contains_key(&topic.name)) {
+                None => return Ok(found),
+                Some(missing) if Instant::now() >= deadline => {
+                    let reason = "it was made and does not appear".to_owned();
+                    return Err(OpenError::Create { topic: missing.name.clone(), reason });
+                }
+                Some(_) => sleep(POLL).await,
+            }
+        }
+    }
+
+    /// Asks for the topics' settings until the broker that answers knows them: it takes a moment after they were made.
+    async fn describe(&self, wanted: &[Wanted]) -> Result<Vec<ConfigResourceResult>, OpenError> {
+        let names: Vec<_> = wanted.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let described =
+                self.admin.describe_configs(&names, &options()).await.map_err(|error| self.unreachable(&error))?;
+            let is_unknown = |described: &ConfigResourceResult| match described {
+                // A broker that has only heard of a topic knows no settings of it.
+                Ok(described) => described.entries.is_empty(),
+                Err(code) => *code == Code::UnknownTopicOrPartition,
+            };
+            if !described.iter().any(is_unknown) {
+                return Ok(described);
+            }
+            if Instant::now() >= deadline {
+                return Err(self.unreachable(&KafkaError::AdminOp(Code::UnknownTopicOrPartition)));
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    fn unreachable(&self, error: &KafkaError) -> OpenError {
+        self.client.poll(HEARING);
+        let reason = self.client.context().last().unwrap_or_else(|| error.to_string());
+        OpenError::Unreachable { brokers: self.config.brokers.join(", "), reason }
+    }
 }
 
 fn wanted(config: &Config) -> [Wanted; 4] {
@@ -104,101 +266,11 @@ fn wanted(config: &Config) -> [Wanted; 4] {
     ]
 }
 
-async fn create(admin: &AdminClient<Log>, config: &Config, topic: &Wanted) -> Result<(), OpenError> {
-    let (min_insync, max_message) = (config.min_insync.to_string(), config.max_message().max(MAX_MESSAGE).to_string());
-    let mut new = NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(config.replication))
-        .set("min.insync.replicas", &min_insync)
-        .set("max.message.bytes", &max_message)
-        .set("unclean.leader.election.enable", "false");
-    for (name, value) in &topic.settings {
-        new = new.set(name, value);
-    }
-    let created = admin.create_topics([&new], &options()).await.map_err(|source| unreachable(config, source))?;
-    match created.into_iter().next() {
-        // Another replica was faster.
-        Some(Err((_, Code::TopicAlreadyExists))) | None => Ok(()),
-        Some(Ok(_)) => {
-            info!(topic = topic.name, partitions = topic.partitions, replication = config.replication, "topic made");
-            Ok(())
-        }
-        Some(Err((name, code))) => {
-            let hint = match code {
-                Code::InvalidReplicationFactor => {
-                    format!("; journal.replication is {}: are there as many brokers?", config.replication)
-                }
-                _ => String::new(),
-            };
-            Err(OpenError::Create { topic: name, reason: format!("{code}{hint}") })
-        }
-    }
-}
-
 /// A topic as brokers know it.
 struct Found {
     partitions: i32,
     /// The fewest replicas that a partition has.
     replicas: i32,
-}
-
-async fn metadata(admin: &AdminClient<Log>, config: &Config) -> Result<HashMap<String, Found>, OpenError> {
-    let client = admin.inner();
-    // Blocks, at most for the time of a start.
-    let metadata = tokio::task::block_in_place(|| client.fetch_metadata(None, TIMEOUT / 3));
-    let metadata = metadata.map_err(|source| unreachable(config, source))?;
-    let usable = |topic: &&MetadataTopic| topic.error().is_none() && !topic.partitions().is_empty();
-    let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
-    let found = metadata.topics().iter().filter(usable).map(|topic| {
-        let replicas = topic.partitions().iter().map(|partition| number(partition.replicas().len())).min();
-        let found = Found { partitions: number(topic.partitions().len()), replicas: replicas.unwrap_or(0) };
-        (topic.name().to_owned(), found)
-    });
-    Ok(found.collect())
-}
-
-/// Waits until all are known: it takes a moment after they were made.
-async fn await_topics(
-    admin: &AdminClient<Log>,
-    config: &Config,
-    wanted: &[Wanted],
-) -> Result<HashMap<String, Found>, OpenError> {
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
-        let found = metadata(admin, config).await?;
-        match wanted.iter().find(|topic| !found.contains_key(&topic.name)) {
-            None => return Ok(found),
-            Some(missing) if Instant::now() >= deadline => {
-                let reason = "it was made and does not appear".to_owned();
-                return Err(OpenError::Create { topic: missing.name.clone(), reason });
-            }
-            Some(_) => sleep(POLL).await,
-        }
-    }
-}
-
-/// Asks for the topics' settings until the broker that answers knows them: it takes a moment after they were made.
-async fn describe(
-    admin: &AdminClient<Log>,
-    config: &Config,
-    wanted: &[Wanted],
-) -> Result<Vec<ConfigResourceResult>, OpenError> {
-    let names: Vec<_> = wanted.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
-        let described =
-            admin.describe_configs(&names, &options()).await.map_err(|source| unreachable(config, source))?;
-        let is_unknown = |described: &ConfigResourceResult| match described {
-            // A broker that has only heard of a topic knows no settings of it.
-            Ok(described) => described.entries.is_empty(),
-            Err(code) => *code == Code::UnknownTopicOrPartition,
-        };
-        if !described.iter().any(is_unknown) {
-            return Ok(described);
-        }
-        if Instant::now() >= deadline {
-            return Err(unreachable(config, KafkaError::AdminOp(Code::UnknownTopicOrPartition)));
-        }
-        sleep(POLL).await;
-    }
 }
 
 /// What would lose events, and how to mend it.
@@ -248,10 +320,6 @@ fn check_replicas(config: &Config, topic: &Wanted, found: Option<&Found>) -> Res
 
 fn wrong(topic: &Wanted, reason: String) -> OpenError {
     OpenError::Topic { topic: topic.name.clone(), reason }
-}
-
-fn unreachable(config: &Config, source: KafkaError) -> OpenError {
-    OpenError::Unreachable { brokers: config.brokers.join(", "), source }
 }
 
 fn options() -> AdminOptions {
