@@ -62,7 +62,7 @@ impl Authority {
     }
 
     /// The setting `tls`, for clients of these authorities if any.
-    fn setting(&self, client_ca: Option<&Self>) -> String {
+    pub(crate) fn setting(&self, client_ca: Option<&Self>) -> String {
         let client_ca = client_ca.map(|other| format!(", client_ca = {:?}", other.ca()));
         let [cert, key] = ["server.pem", "server.key"].map(|name| self.file(name));
         format!("{{ cert = {cert:?}, key = {key:?}{} }}", client_ca.unwrap_or_default())
@@ -94,7 +94,8 @@ impl Authority {
     }
 }
 
-fn https(address: SocketAddr) -> String {
+/// Where a relay takes webhooks over TLS.
+pub(crate) fn https(address: SocketAddr) -> String {
     format!("https://localhost:{}{PATH}", address.port())
 }
 

@@ -1,13 +1,13 @@
-//! Brokers that take clients over TLS only, with a password or a certificate.
+//! Sinks, and the journal, over TLS, with a password or a certificate.
 
 use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
 
-use crate::access::Authority;
+use crate::access::{Authority, https};
 use crate::brokers::{Kind, OwnBroker, unique};
-use crate::harness::{Relay, Setup, event};
+use crate::harness::{Relay, Setup, TOKEN, event};
 
 /// A certificate authority, and a broker that shows a certificate of it.
 async fn broker(kind: Kind) -> (Authority, OwnBroker) {
@@ -81,6 +81,42 @@ async fn kafka_takes_a_password_over_tls() {
     relay.stop().await;
 }
 
+/// The keys `ca`, and `cert` and `key`, of the rules' `tls`.
+fn ca(authority: &Authority) -> String {
+    format!("ca = {:?}", authority.ca())
+}
+
+fn certificate(authority: &Authority) -> String {
+    format!("cert = {:?}, key = {:?}", authority.file("client.pem"), authority.file("client.key"))
+}
+
+#[tokio::test]
+async fn http_takes_a_certificate_over_tls() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let to = Setup::new(include_str!("../../routes.toml")).env("RELAY_INGRESS__TLS", authority.setting(Some(&clients)));
+    let to = to.start().await;
+    let rules = |tls: &str| {
+        let (url, (header, token)) = (https(to.address()), TOKEN);
+        format!(
+            "[sinks.http]\ntype = \"http\"\nurl = \"{url}\"\nheaders = {{ {header} = \"{token}\" }}\n\
+             tls = {{ {tls} }}\n[[routes]]\nname = \"all\"\nto = [\"http\"]\n"
+        )
+    };
+    let relay = Setup::new(&rules(&format!("{}, {}", ca(&clients), certificate(&clients)))).start().await;
+    assert_eq!(relay.post(event(9, "sent")).await.status, 200);
+    let error = last_error(&relay, "http").await;
+    assert!(error.contains("UnknownIssuer"), "{error}");
+    relay.change_rules(&rules(&ca(&authority)));
+    relay.operate("/api/v1/reload", &Value::Null).await;
+    let is_refused = |sink: &Value| !sink["last_error"].to_string().contains("UnknownIssuer");
+    relay.sink_is("http", "is refused without a certificate", is_refused).await;
+    relay.change_rules(&rules(&format!("{}, {}", ca(&authority), certificate(&clients))));
+    relay.operate("/api/v1/reload", &Value::Null).await;
+    deliver(&relay, "http").await;
+    relay.stop().await;
+    to.stop().await;
+}
+
 #[tokio::test]
 async fn rabbitmq_takes_a_certificate_over_tls() {
     let (authority, broker) = broker(Kind::RabbitMq).await;
@@ -94,8 +130,7 @@ async fn rabbitmq_takes_a_certificate_over_tls() {
              [[routes]]\nname = \"all\"\nto = [\"rabbit\"]\n"
         )
     };
-    let ca = |authority: &Authority| format!("ca = {:?}", authority.ca());
-    let certificate = format!("cert = {:?}, key = {:?}", authority.file("client.pem"), authority.file("client.key"));
+    let certificate = certificate(&authority);
     let other = Authority::new();
     for (tls, expected) in
         [(format!("{}, {certificate}", ca(&other)), "UnknownIssuer"), (ca(&authority), "cannot connect")]
