@@ -51,11 +51,14 @@ impl Log {
         self.sink.as_deref()
     }
 
-    fn is_repeated(&self, reason: &str) -> bool {
+    /// Whether an error is another one than the last, which it is from then on.
+    fn note(&self, reason: &str) -> bool {
         let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_repeated = last.as_ref().is_some_and(|(at, last)| last == reason && at.elapsed() < REPEATED);
-        *last = Some((Instant::now(), reason.to_owned()));
-        is_repeated
+        let is_new = last.as_ref().is_none_or(|(at, last)| last != reason || at.elapsed() >= REPEATED);
+        if is_new {
+            *last = Some((Instant::now(), reason.to_owned()));
+        }
+        is_new
     }
 }
 
@@ -90,8 +93,8 @@ impl ClientContext for Log {
         match error.rdkafka_error_code() {
             // That follows from the others.
             Some(Code::AllBrokersDown) => debug!(sink, %error, reason, "librdkafka reports an error"),
-            _ if self.is_repeated(reason) => {}
-            _ => warn!(sink, %error, reason, "librdkafka reports an error"),
+            _ if self.note(reason) => warn!(sink, %error, reason, "librdkafka reports an error"),
+            _ => {}
         }
     }
 

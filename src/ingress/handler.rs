@@ -268,8 +268,9 @@ impl Handler {
     /// Reads what is left of the body of a request that was refused, within limits: a connection that is closed with
     /// unread bytes on it is reset, and the sender may never see the answer.
     pub(super) fn drain(&self, request: Request<Incoming>, answer: StatusCode) {
-        // Whoever waits to be told to go on sends nothing after a refusal, and who is too slow is waited for no longer.
-        let is_over = answer.is_success() || answer == StatusCode::REQUEST_TIMEOUT;
+        // Nothing is left of what was handed to the journal; who is too slow is waited for no longer; and whoever waits to
+        // be told to go on sends nothing after a refusal.
+        let is_over = answer.is_success() || answer.is_server_error() || answer == StatusCode::REQUEST_TIMEOUT;
         if is_over || request.body().is_end_stream() || request.headers().contains_key(EXPECT) {
             return;
         }

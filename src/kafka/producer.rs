@@ -186,14 +186,16 @@ impl Producer {
 
     /// Another is made for the next record, if this one has failed for good.
     fn replace_failed(&self) {
+        if self.state.load().failure().is_none() {
+            return;
+        }
         let changing = self.lock();
         let state = self.state.load_full();
-        let State::Made(producer) = &*state else { return };
-        let Some((code, reason)) = producer.client().fatal_error() else { return };
+        let Some((code, reason)) = state.failure() else { return };
         self.state.store(Arc::new(State::Unmade));
         drop(changing);
         warn!(sink = self.log.sink(), %code, reason, "the producer failed for good and is made anew");
-        // What is on its way gets its report. The last one to let go waits for librdkafka's threads.
+        // What is on its way gets its report, or is given up. The last one to let go waits for librdkafka's threads.
         tokio::task::spawn_blocking(move || drop(state.flush()));
     }
 
@@ -203,6 +205,14 @@ impl Producer {
 }
 
 impl State {
+    /// What the producer has failed for good with, if so.
+    fn failure(&self) -> Option<(RDKafkaErrorCode, String)> {
+        match self {
+            Self::Made(producer) => producer.client().fatal_error(),
+            Self::Unmade | Self::Closed => None,
+        }
+    }
+
     /// Waits for the reports of what was sent.
     fn flush(&self) -> KafkaResult<()> {
         match self {

@@ -2,12 +2,17 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::access::{Authority, https};
 use crate::brokers::{Kind, OwnBroker, unique};
-use crate::harness::{Relay, Setup, TOKEN, event};
+use crate::harness::{Relay, Setup, TOKEN, event, within_time};
+
+/// How long a broker that has only just started may take, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(90);
+const POLL: Duration = Duration::from_millis(50);
 
 /// A certificate authority, and a broker that shows a certificate of it.
 async fn broker(kind: Kind) -> (Authority, OwnBroker) {
@@ -24,7 +29,12 @@ async fn deliver(relay: &Relay, sink: &str) {
     for number in 0..4 {
         assert_eq!(relay.post(event(number, "sent")).await.status, 200);
     }
-    relay.sink_is(sink, "has delivered all", |sink| sink["delivered"] == 5).await;
+    let delivered = async {
+        while relay.sink(sink).await["delivered"] != 5 {
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    within_time(PATIENCE, "five events to be delivered", delivered).await;
 }
 
 async fn last_error(relay: &Relay, sink: &str) -> String {
@@ -42,9 +52,9 @@ async fn kafka_takes_a_password_over_tls() {
              \"sasl.username\" = \"relay\", \"sasl.password\" = \"{password}\", \"ssl.ca.location\" = {ca:?} }}\n"
         )
     };
-    let rules = |password: &str| {
+    let rules = |password: &str, timeout: &str| {
         format!(
-            "[sinks.kafka]\ntype = \"kafka\"\nbrokers = [\"{address}\"]\ntopic = \"secured\"\ntimeout = \"2s\"\n{}\
+            "[sinks.kafka]\ntype = \"kafka\"\nbrokers = [\"{address}\"]\ntopic = \"secured\"\ntimeout = \"{timeout}\"\n{}\
              [[routes]]\nname = \"all\"\nto = [\"kafka\"]\n",
             options("PLAIN", password, &authority.ca())
         )
@@ -56,7 +66,7 @@ async fn kafka_takes_a_password_over_tls() {
              replication = 1\nmin_insync = 1\n{options}"
         )
     };
-    let setup = Setup::new(&rules("wrong"));
+    let setup = Setup::new(&rules("wrong", "2s"));
     let other = Authority::new();
     for (options, expected) in [
         (options("SCRAM-SHA-512", "wrong", &authority.ca()), "invalid credentials with SASL mechanism SCRAM-SHA-512"),
@@ -68,14 +78,14 @@ async fn kafka_takes_a_password_over_tls() {
         assert!(done.code == Some(1) && done.stderr.contains(expected), "{done:?}\n should have {expected}");
     }
     setup.file("relay.toml", &journal(&options("SCRAM-SHA-512", "secret", &authority.ca())));
-    let relay = setup.start().await;
+    let relay = setup.start_within(PATIENCE).await;
     assert_eq!(relay.post(event(9, "sent")).await.status, 200);
     last_error(&relay, "kafka").await;
     let log = relay.log();
     let reasons = log.iter().filter(|line| line["sink"] == "kafka").map(|line| line["reason"].to_string());
     let said: Vec<_> = reasons.filter(|reason| reason.contains("Invalid username or password")).collect();
     assert!(!said.is_empty() && said.windows(2).all(|pair| pair[0] != pair[1]), "{log:#?}");
-    relay.change_rules(&rules("secret").replace("secured", "secured-too"));
+    relay.change_rules(&rules("secret", "10s"));
     relay.operate("/api/v1/reload", &Value::Null).await;
     deliver(&relay, "kafka").await;
     relay.stop().await;

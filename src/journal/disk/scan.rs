@@ -149,8 +149,9 @@ impl Scanner {
         let window_end = self.window_at + self.window.len() as u64;
         if offset < self.window_at || offset + len > window_end {
             let wanted = len.max(WINDOW).min(limit.saturating_sub(offset));
-            // The same memory, unless someone still has a part of it.
-            let mut window = std::mem::take(&mut self.window).try_into_mut().unwrap_or_default();
+            // The same memory, unless someone still has a part of it, or a long record has made it large.
+            let kept = std::mem::take(&mut self.window).try_into_mut().ok();
+            let mut window = kept.filter(|kept| kept.capacity() as u64 <= 2 * WINDOW).unwrap_or_default();
             window.resize(usize::try_from(wanted).unwrap_or(usize::MAX), 0);
             let read = read_at(&self.file, &mut window, offset)?;
             window.truncate(read);

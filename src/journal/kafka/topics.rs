@@ -80,11 +80,11 @@ struct Reasons {
 }
 
 impl Reasons {
-    fn note(&self, reason: &str) {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.to_owned());
+    fn note(&self, reason: Option<&str>) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = reason.map(str::to_owned);
     }
 
-    /// The last one. What repeats itself is not always said again.
+    /// The last one since brokers were reached. What repeats itself is not always said again.
     fn last(&self) -> Option<String> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -94,7 +94,7 @@ impl ClientContext for Reasons {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         // Some reasons are only logged, with a thread's name before them.
         match facility {
-            "FAIL" => self.note(message.split_once("]: ").map_or(message, |(_thread, reason)| reason)),
+            "FAIL" => self.note(Some(message.split_once("]: ").map_or(message, |(_thread, reason)| reason))),
             _ => self.log.log(level, facility, message),
         }
     }
@@ -102,7 +102,7 @@ impl ClientContext for Reasons {
     fn error(&self, error: KafkaError, reason: &str) {
         // That follows from the others.
         if error.rdkafka_error_code() != Some(Code::AllBrokersDown) {
-            self.note(reason);
+            self.note(Some(reason));
         }
     }
 
@@ -189,6 +189,7 @@ impl<'c> Brokers<'c> {
         // Blocks, at most for the time of a start.
         let metadata = tokio::task::block_in_place(|| self.client.client().fetch_metadata(None, TIMEOUT / 3));
         let metadata = metadata.map_err(|error| self.unreachable(&error))?;
+        self.client.context().note(None);
         let usable = |topic: &&MetadataTopic| topic.error().is_none() && !topic.partitions().is_empty();
         let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
         let found = metadata.topics().iter().filter(usable).map(|topic| {
@@ -238,8 +239,11 @@ impl<'c> Brokers<'c> {
     }
 
     fn unreachable(&self, error: &KafkaError) -> OpenError {
-        self.client.poll(HEARING);
-        let reason = self.client.context().last().unwrap_or_else(|| error.to_string());
+        tokio::task::block_in_place(|| self.client.poll(HEARING));
+        let reason = match self.client.context().last() {
+            Some(last) => format!("{error}: {last}"),
+            None => error.to_string(),
+        };
         OpenError::Unreachable { brokers: self.config.brokers.join(", "), reason }
     }
 }
