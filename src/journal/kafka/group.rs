@@ -27,6 +27,9 @@ const MOVES: usize = 16;
 const POLL: Duration = Duration::from_millis(100);
 /// How long giving up what is left may take.
 const LEAVE: Duration = Duration::from_secs(2);
+/// How long an attempt to join may last before the next one, and how long others wait for a member that gives nothing up.
+/// librdkafka's own are five minutes.
+const REJOIN: Duration = Duration::from_secs(60);
 /// How long the coordinator may take to say what was committed.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -83,6 +86,12 @@ impl Group {
         let (moved, moves) = mpsc::channel(MOVES);
         let mut client = config.consumer(&config.group(sink));
         client.set("partition.assignment.strategy", "cooperative-sticky");
+        let rejoin = REJOIN.max(config.session_timeout()).as_millis().to_string();
+        for name in ["max.poll.interval.ms", "topic.metadata.refresh.interval.ms"] {
+            if !config.options.contains_key(name) {
+                client.set(name, &rejoin);
+            }
+        }
         let right = Right::default();
         let context = Membership { log: Log::of_sink(sink), moved, right: Arc::clone(&right) };
         let consumer = Arc::new(BaseConsumer::from_config_and_context(&client, context)?);
