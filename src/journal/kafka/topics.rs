@@ -26,7 +26,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The longest batch of records that brokers take unless they are told otherwise, in bytes.
 const MAX_MESSAGE: u64 = 1_048_588;
 
-/// How long librdkafka may take to say why it can't reach brokers.
+/// How long brokers that can't be reached are asked again, and librdkafka may take to say why.
+const ASKING: Duration = Duration::from_secs(3);
 const HEARING: Duration = Duration::from_millis(50);
 
 /// What was found.
@@ -68,7 +69,7 @@ pub async fn prepare(config: &Config, patience: Duration) -> Result<Topics, Open
 struct Brokers<'c> {
     config: &'c Config,
     admin: AdminClient<Log>,
-    /// Asks what there is: the other would never hear why there is no answer.
+    /// Asked when there is no answer: the other would never hear why.
     client: BaseProducer<Reasons>,
 }
 
@@ -187,7 +188,7 @@ impl<'c> Brokers<'c> {
 
     async fn metadata(&self) -> Result<HashMap<String, Found>, OpenError> {
         // Blocks, at most for the time of a start.
-        let metadata = tokio::task::block_in_place(|| self.client.client().fetch_metadata(None, TIMEOUT / 3));
+        let metadata = tokio::task::block_in_place(|| self.admin.inner().fetch_metadata(None, TIMEOUT / 3));
         let metadata = metadata.map_err(|error| self.unreachable(&error))?;
         self.client.context().note(None);
         let usable = |topic: &&MetadataTopic| topic.error().is_none() && !topic.partitions().is_empty();
@@ -239,7 +240,11 @@ impl<'c> Brokers<'c> {
     }
 
     fn unreachable(&self, error: &KafkaError) -> OpenError {
-        tokio::task::block_in_place(|| self.client.poll(HEARING));
+        tokio::task::block_in_place(|| {
+            // Whether it gets an answer does not matter.
+            drop(self.client.client().fetch_metadata(None, ASKING));
+            self.client.poll(HEARING);
+        });
         let reason = match self.client.context().last() {
             Some(last) => format!("{error}: {last}"),
             None => error.to_string(),
