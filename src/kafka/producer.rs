@@ -36,9 +36,14 @@ pub struct Record {
 
 impl Record {
     /// The headers, as librdkafka takes them.
-    pub fn headers(&self) -> OwnedHeaders {
+    pub fn headers(&self) -> Option<OwnedHeaders> {
+        if self.headers.is_empty() {
+            return None;
+        }
         let headers = OwnedHeaders::new_with_capacity(self.headers.len());
-        self.headers.iter().fold(headers, |headers, (key, value)| headers.insert(Header { key, value: Some(value) }))
+        let insert =
+            |headers: OwnedHeaders, (key, value): &(String, String)| headers.insert(Header { key, value: Some(value) });
+        Some(self.headers.iter().fold(headers, insert))
     }
 }
 
@@ -114,19 +119,14 @@ impl Producer {
     ///
     /// [`SendError`]: nothing was sent.
     pub fn begin(&self, record: &Record) -> Result<Sent, SendError> {
-        let mut message: FutureRecord<'_, str, [u8]> = FutureRecord::to(&record.topic);
-        if !record.headers.is_empty() {
-            message = message.headers(record.headers());
-        }
-        if let Some(body) = &record.body {
-            message = message.payload(&**body);
-        }
-        if let Some(key) = &record.key {
-            message = message.key(key.as_str());
-        }
-        if let Some(partition) = record.partition {
-            message = message.partition(partition);
-        }
+        let message = FutureRecord {
+            topic: &record.topic,
+            partition: record.partition,
+            key: record.key.as_deref(),
+            payload: record.body.as_deref(),
+            headers: record.headers(),
+            timestamp: None,
+        };
         let sent = match &**self.state.load() {
             State::Made(producer) => producer.send_result(message),
             State::Unmade | State::Closed => self.make().map_err(|error| refused(&error))?.send_result(message),

@@ -1,7 +1,7 @@
 //! The journal's topics: made where there are none, and checked for what would weaken the guarantee.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rdkafka::ClientContext;
@@ -69,41 +69,32 @@ pub async fn prepare(config: &Config, patience: Duration) -> Result<Topics, Open
 struct Brokers<'c> {
     config: &'c Config,
     admin: AdminClient<Log>,
-    /// Asked when there is no answer: the other would never hear why.
-    client: BaseProducer<Reasons>,
 }
 
-/// Hears why brokers can't be reached. What a call returns only says that they can't.
+/// Hears why brokers can't be reached.
 #[derive(Clone, Default)]
 struct Reasons {
-    log: Log,
     last: Arc<Mutex<Option<String>>>,
 }
 
 impl Reasons {
-    fn note(&self, reason: Option<&str>) {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = reason.map(str::to_owned);
-    }
-
-    /// The last one since brokers were reached. What repeats itself is not always said again.
-    fn last(&self) -> Option<String> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn last(&self) -> MutexGuard<'_, Option<String>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ClientContext for Reasons {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+    fn log(&self, _level: RDKafkaLogLevel, facility: &str, message: &str) {
         // Some reasons are only logged, with a thread's name before them.
-        match facility {
-            "FAIL" => self.note(Some(message.split_once("]: ").map_or(message, |(_thread, reason)| reason))),
-            _ => self.log.log(level, facility, message),
+        if facility == "FAIL" {
+            *self.last() = Some(message.split_once("]: ").map_or(message, |(_thread, reason)| reason).to_owned());
         }
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
         // That follows from the others.
         if error.rdkafka_error_code() != Some(Code::AllBrokersDown) {
-            self.note(Some(reason));
+            *self.last() = Some(reason.to_owned());
         }
     }
 
@@ -118,11 +109,7 @@ impl ProducerContext for Reasons {
 
 impl<'c> Brokers<'c> {
     fn new(config: &'c Config) -> KafkaResult<Self> {
-        let admin = AdminClient::from_config_and_context(&config.client(), Log::default())?;
-        let mut client = config.client();
-        client.set("log.connection.close", "true").set_log_level(RDKafkaLogLevel::Info);
-        let client = BaseProducer::from_config_and_context(&client, Reasons::default())?;
-        Ok(Self { config, admin, client })
+        Ok(Self { config, admin: AdminClient::from_config_and_context(&config.client(), Log::default())? })
     }
 
     async fn prepare(&self) -> Result<Topics, OpenError> {
@@ -190,7 +177,6 @@ impl<'c> Brokers<'c> {
         // Blocks, at most for the time of a start.
         let metadata = tokio::task::block_in_place(|| self.admin.inner().fetch_metadata(None, TIMEOUT / 3));
         let metadata = metadata.map_err(|error| self.unreachable(&error))?;
-        self.client.context().note(None);
         let usable = |topic: &&MetadataTopic| topic.error().is_none() && !topic.partitions().is_empty();
         let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
         let found = metadata.topics().iter().filter(usable).map(|topic| {
@@ -240,17 +226,24 @@ impl<'c> Brokers<'c> {
     }
 
     fn unreachable(&self, error: &KafkaError) -> OpenError {
-        tokio::task::block_in_place(|| {
-            // Whether it gets an answer does not matter.
-            drop(self.client.client().fetch_metadata(None, ASKING));
-            self.client.poll(HEARING);
-        });
-        let reason = match self.client.context().last() {
-            Some(last) => format!("{error}: {last}"),
+        let reason = match tokio::task::block_in_place(|| reason(self.config)) {
+            Some(reason) => format!("{error}: {reason}"),
             None => error.to_string(),
         };
         OpenError::Unreachable { brokers: self.config.brokers.join(", "), reason }
     }
+}
+
+/// Why brokers can't be reached, if so. A call that fails only says that they can't; a client of its own hears more. Blocks.
+fn reason(config: &Config) -> Option<String> {
+    let mut client = config.client();
+    client.set("log.connection.close", "true").set_log_level(RDKafkaLogLevel::Info);
+    let client = BaseProducer::from_config_and_context(&client, Reasons::default()).ok()?;
+    if client.client().fetch_metadata(None, ASKING).is_ok() {
+        return None;
+    }
+    client.poll(HEARING);
+    client.context().last().take()
 }
 
 fn wanted(config: &Config) -> [Wanted; 4] {

@@ -117,16 +117,15 @@ fn fill(producer: &BaseProducer<Log>, Work { records, offsets, right }: Work) ->
 
 fn send(producer: &BaseProducer<Log>, record: &Record) -> KafkaResult<()> {
     loop {
-        let mut message: BaseRecord<'_, str, [u8]> = BaseRecord::to(&record.topic).headers(record.headers());
-        if let Some(key) = &record.key {
-            message = message.key(key.as_str());
-        }
-        if let Some(partition) = record.partition {
-            message = message.partition(partition);
-        }
-        if let Some(body) = &record.body {
-            message = message.payload(&**body);
-        }
+        let message = BaseRecord {
+            topic: &record.topic,
+            partition: record.partition,
+            key: record.key.as_deref(),
+            payload: record.body.as_deref(),
+            headers: record.headers(),
+            timestamp: None,
+            delivery_opaque: (),
+        };
         match producer.send(message) {
             Err((KafkaError::MessageProduction(Code::QueueFull), _)) => producer.poll(QUEUE_PAUSE),
             result => return result.map_err(|(error, _)| error),
