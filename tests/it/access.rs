@@ -221,20 +221,10 @@ async fn keep_posting(
 
 /// Changes files, and waits until the relay has loaded them.
 async fn rotate(relay: &Relay, change: impl FnOnce()) {
-    let reload = async || relay.get("/api/v1/status").await["rules"]["last_reload"].clone();
-    let before = reload().await;
+    let before = relay.get("/api/v1/status").await["rules"]["last_reload"].clone();
     change();
-    within("the files to be loaded", async {
-        loop {
-            let now = reload().await;
-            if now != before {
-                assert_eq!(now["outcome"], "applied", "{now}");
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    })
-    .await;
+    let now = relay.status_is("the files to be loaded", |status| status["rules"]["last_reload"] != before).await;
+    assert_eq!(now["rules"]["last_reload"]["outcome"], "applied", "{now}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -367,7 +357,7 @@ async fn a_flood_of_handshakes_takes_no_more_connections_than_there_may_be() {
     for _ in 0..5 * MAX {
         flood.push(Raw::connect(relay.address()).await);
     }
-    eventually("all places to be taken", || open() >= before + MAX).await;
+    eventually("all places to be taken", async || open() >= before + MAX).await;
     let client = authority.client(None);
     let mut served = std::pin::pin!(post(&client, relay.address(), TOKEN.1));
     let mut most = 0;

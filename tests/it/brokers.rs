@@ -27,10 +27,8 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::harness::{Received, Receiver, Reply};
+use crate::harness::{DEADLINE, Received, Receiver, Reply, eventually, within};
 
-/// How long what a test waits for may take, unless it says otherwise.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a reader waits before it connects again.
 const RECONNECT: Duration = Duration::from_millis(100);
 /// How long connecting may take before a reader tries again.
@@ -150,16 +148,11 @@ impl OwnBroker {
     /// Waits until every copy of every partition is in sync.
     pub(crate) async fn in_sync(&self) {
         let admin = Arc::new(admin(&self.address()));
-        let synced = async {
-            loop {
-                let admin = Arc::clone(&admin);
-                if spawn_blocking(move || all_in_sync(&admin)).await.expect("no panic") {
-                    return;
-                }
-                tokio::time::sleep(RECONNECT).await;
-            }
-        };
-        timeout(2 * PATIENCE, synced).await.expect("all copies are in sync in time");
+        eventually("all copies to be in sync", async || {
+            let admin = Arc::clone(&admin);
+            spawn_blocking(move || all_in_sync(&admin)).await.expect("no panic")
+        })
+        .await;
     }
 
     /// Runs `rabbitmqctl`.
@@ -217,7 +210,7 @@ async fn run(mut command: Command) -> String {
         assert!(output.status.success(), "{command:?} failed: {said}");
         String::from_utf8(output.stdout).expect("text")
     });
-    timeout(3 * PATIENCE, run).await.expect("the command ends in time").expect("the command succeeds")
+    within("a command to end", run).await.expect("the command succeeds")
 }
 
 // ---- what has arrived ------------------------------------------------------------------------------------------
@@ -309,19 +302,13 @@ impl Inbox {
 
     /// Waits until `condition` holds.
     pub(crate) async fn wait(&self, what: &str, condition: impl FnMut(&Arrived) -> bool) -> Arrived {
-        self.wait_within(PATIENCE, what, condition).await;
-        self.now()
-    }
-
-    /// Waits until `condition` holds, but no longer than this.
-    pub(crate) async fn wait_within(&self, time: Duration, what: &str, mut condition: impl FnMut(&Arrived) -> bool) {
         let mut arrived = self.0.subscribe();
-        match timeout(time, arrived.wait_for(|arrived| condition(arrived))).await {
-            Ok(arrived) => drop(arrived.expect("the sender is ours")),
+        match timeout(DEADLINE, arrived.wait_for(condition)).await {
+            Ok(arrived) => arrived.expect("the sender is ours").clone(),
             Err(_elapsed) => {
                 let now = self.0.borrow();
                 panic!(
-                    "waited {time:?} for {what}; {} have arrived, {} of them different",
+                    "waited {DEADLINE:?} for {what}; {} have arrived, {} of them different",
                     now.all.len(),
                     now.ids.len()
                 )
@@ -336,21 +323,15 @@ impl Inbox {
 
     /// Waits until all these have arrived.
     pub(crate) async fn wait_for_ids(&self, what: &str, ids: impl IntoIterator<Item = String>) -> Arrived {
-        self.wait_for_ids_within(PATIENCE, what, ids).await;
-        self.now()
-    }
-
-    /// Waits until all these have arrived, but no longer than this.
-    pub(crate) async fn wait_for_ids_within(&self, time: Duration, what: &str, ids: impl IntoIterator<Item = String>) {
         let mut missing: Vec<String> = ids.into_iter().collect();
         let count = missing.len();
-        self.wait_within(time, &format!("{count} events at {what}"), |arrived| {
+        self.wait(&format!("{count} events at {what}"), |arrived| {
             while missing.last().is_some_and(|id| arrived.ids.contains_key(id)) {
                 missing.pop();
             }
             missing.is_empty()
         })
-        .await;
+        .await
     }
 }
 
@@ -428,7 +409,7 @@ pub(crate) async fn create_topic(brokers: &str, topic: &str, settings: &[(&str, 
     for (name, value) in settings {
         new = new.set(name, value);
     }
-    let options = AdminOptions::new().operation_timeout(Some(PATIENCE)).request_timeout(Some(PATIENCE));
+    let options = AdminOptions::new().operation_timeout(Some(DEADLINE)).request_timeout(Some(DEADLINE));
     let made = admin(brokers).create_topics([&new], &options).await.expect("Kafka answers");
     assert!(made.iter().all(Result::is_ok), "cannot make the topic {topic}: {made:?}");
 }
@@ -437,7 +418,7 @@ pub(crate) async fn create_topic(brokers: &str, topic: &str, settings: &[(&str, 
 pub(crate) async fn set_topic(brokers: &str, topic: &str, settings: &[(&str, &str)]) {
     let topic = AlterConfig::new(ResourceSpecifier::Topic(topic));
     let changed = settings.iter().fold(topic, |topic, (name, value)| topic.set(name, value));
-    let options = AdminOptions::new().request_timeout(Some(PATIENCE));
+    let options = AdminOptions::new().request_timeout(Some(DEADLINE));
     let done = admin(brokers).alter_configs([&changed], &options).await.expect("Kafka answers");
     assert!(done.iter().all(Result::is_ok), "cannot set {settings:?}: {done:?}");
 }
@@ -515,7 +496,7 @@ pub(crate) struct Amqp {
 impl Amqp {
     pub(crate) async fn connect(url: &str) -> Self {
         let connect = Connection::connect(url, ConnectionProperties::default());
-        let connection = timeout(PATIENCE, connect).await.expect("RabbitMQ answers").expect("a connection");
+        let connection = within("RabbitMQ to answer", connect).await.expect("a connection");
         let channel = connection.create_channel().await.expect("a channel");
         Self { _connection: connection, channel }
     }

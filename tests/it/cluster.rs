@@ -13,8 +13,8 @@ use rdkafka::Message as _;
 use rustix::process::Signal;
 
 use crate::brokers::{Arrival, Arrived, Inbox, KafkaReader, OwnBroker, consumer, create_topic, receiver, unique};
-use crate::fleet::{CONVERGENCE, Fault, Fleet};
-use crate::harness::{Receiver, Relay, Reply, Setup, event, within_time};
+use crate::fleet::{Fault, Fleet};
+use crate::harness::{Receiver, Relay, Reply, Setup, event, eventually, within};
 use crate::load::{Acked, Load};
 
 /// How often a condition is looked at.
@@ -69,23 +69,9 @@ impl Shared {
     }
 }
 
-/// Waits for a condition that takes the replicas some time.
-async fn converge(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    let wait = async {
-        while !condition().await {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    within_time(CONVERGENCE, what, wait).await;
-}
-
 /// Waits until a sink has settled all that there is.
 async fn settled(relay: &Relay, sink: &str) {
-    converge(&format!("the sink {sink} to settle everything"), async || {
-        let sink = relay.sink(sink).await;
-        sink["lag_events"] == 0 && sink["parked"] == 0
-    })
-    .await;
+    relay.sink_is(sink, "has settled everything", |sink| sink["lag_events"] == 0 && sink["parked"] == 0).await;
 }
 
 /// A request with an event for each of these messages.
@@ -165,7 +151,7 @@ to = ["http", "kafka"]
 
     async fn wait_for(&self, acked: &[Acked]) {
         for (what, inbox) in self.all() {
-            inbox.wait_for_ids_within(CONVERGENCE, what, acked.iter().map(|acked| acked.id.clone())).await;
+            inbox.wait_for_ids(what, acked.iter().map(|acked| acked.id.clone())).await;
         }
     }
 }
@@ -252,10 +238,10 @@ struct Probe<'a> {
 impl Probe<'_> {
     /// Until it was this replica that has delivered one.
     async fn until_delivered_by(&mut self, replica: &str) {
-        converge(&format!("a delivery by the replica {replica}"), async || {
+        eventually(&format!("a delivery by the replica {replica}"), async || {
             let [id] = &*self.through.post(event(self.next, "sent")).await.ids() else { panic!("one event, one id") };
             self.next += 1;
-            self.inbox.wait_within(CONVERGENCE, "a probe", |arrived| arrived.ids.contains_key(id)).await;
+            self.inbox.wait("a probe", |arrived| arrived.ids.contains_key(id)).await;
             self.inbox.look(|arrived| {
                 let first = arrived.all.iter().find(|arrival| arrival.id() == id);
                 first.is_some_and(|arrival| by(arrival, replica))
@@ -286,7 +272,7 @@ async fn a_frozen_replica_commits_nothing(kafka: &OwnBroker) {
     );
     let shared = Shared::new(kafka, "frozen", &rules, SESSION.1);
     let [frozen, other] = ["frozen", "other"].map(|replica| shared.replica().env("REPLICA", replica));
-    let (frozen, other) = (frozen.start_within(CONVERGENCE).await, other.start_within(CONVERGENCE).await);
+    let (frozen, other) = (frozen.start().await, other.start().await);
     let mut probe = Probe { through: &other, inbox: &inbox, next: 0 };
     probe.until_delivered_by("other").await;
     probe.until_delivered_by("frozen").await;
@@ -296,10 +282,10 @@ async fn a_frozen_replica_commits_nothing(kafka: &OwnBroker) {
     let backlog = other.post(batch(100_000..100_300)).await.ids();
     let busy =
         |arrived: &Arrived| arrived.all[begin..].iter().filter(|arrival| by(arrival, "frozen")).nth(3 * FEW).is_some();
-    inbox.wait_within(CONVERGENCE, "the replica that is to be frozen", busy).await;
+    inbox.wait("the replica that is to be frozen", busy).await;
     frozen.signal(Signal::STOP);
     let since = Instant::now();
-    inbox.wait_for_ids_within(CONVERGENCE, "the receiver of the other replica", backlog.iter().cloned()).await;
+    inbox.wait_for_ids("the receiver of the other replica", backlog.iter().cloned()).await;
     settled(&other, "slow").await;
     tokio::time::sleep_until((since + 2 * SESSION.0).into()).await;
     let woken = inbox.look(|arrived| arrived.all.len());
@@ -310,7 +296,7 @@ async fn a_frozen_replica_commits_nothing(kafka: &OwnBroker) {
     probe.until_delivered_by("frozen").await;
     let mut after = frozen.post(batch(200_000..200_050)).await.ids();
     after.extend(other.post(batch(200_050..200_100)).await.ids());
-    inbox.wait_for_ids_within(CONVERGENCE, "the receiver", after.iter().cloned()).await;
+    inbox.wait_for_ids("the receiver", after.iter().cloned()).await;
     for relay in [frozen, other] {
         settled(&relay, "slow").await;
         relay.stop().await;
@@ -347,14 +333,14 @@ async fn until_accepted(relay: &Relay, first: u32) -> Vec<String> {
             }
         }
     };
-    within_time(CONVERGENCE, "an event to be accepted", accepted).await
+    within("an event to be accepted", accepted).await
 }
 
 /// With two of three brokers away nothing is accepted, and with them back it is, by itself.
 async fn too_few_in_sync_replicas(kafka: &OwnBroker) {
     const AWAY: [usize; 2] = [2, 3];
     let (server, inbox) = receiver(|_| Reply::Status(200)).await;
-    let relay = Shared::new(kafka, "few", &server.routes(), "").replica().start_within(CONVERGENCE).await;
+    let relay = Shared::new(kafka, "few", &server.routes(), "").replica().start().await;
     let mut accepted = until_accepted(&relay, 0).await;
     for node in AWAY {
         kafka.kill_node(node).await;
@@ -380,7 +366,7 @@ async fn too_few_in_sync_replicas(kafka: &OwnBroker) {
     eprintln!("too few brokers: refused within {longest:.1?}; accepted again after {:.1?}", back.elapsed());
     kafka.in_sync().await;
     accepted.extend(until_accepted(&relay, 20_000).await);
-    inbox.wait_for_ids_within(CONVERGENCE, "HTTP", accepted).await;
+    inbox.wait_for_ids("HTTP", accepted).await;
     settled(&relay, "http").await;
     relay.stop().await;
 }
@@ -400,13 +386,13 @@ async fn a_deleted_replicas_parked_deliveries_go_out_from_another(kafka: &OwnBro
         server.url("/")
     );
     let shared = Shared::new(kafka, "deleted", &rules, SESSION.1);
-    let deleted = shared.replica().start_within(CONVERGENCE).await;
+    let deleted = shared.replica().start().await;
     let ids = deleted.post(batch(0..EVENTS)).await.ids();
-    converge("all to be parked", async || deleted.sink("http").await["parked"] == EVENTS).await;
+    deleted.sink_is("http", "has parked all", |sink| sink["parked"] == EVENTS).await;
     // The replica knows of them before Kafka does.
     let parked = consumer(&kafka.address(), &[&format!("{}.parked", shared.prefix)], PARTITIONS);
     let mut keys = HashSet::new();
-    converge("the parked deliveries in Kafka", async || {
+    eventually("the parked deliveries in Kafka", async || {
         if let Ok(message) = parked.recv().await {
             let key = String::from_utf8_lossy(message.key().expect("a key")).into_owned();
             // What says that a lane was opened is none.
@@ -418,8 +404,8 @@ async fn a_deleted_replicas_parked_deliveries_go_out_from_another(kafka: &OwnBro
     drop(deleted.kill().await);
     let since = Instant::now();
     up.store(true, Ordering::Relaxed);
-    let heir = shared.replica().start_within(CONVERGENCE).await;
-    converge("second attempts", async || server.received().len() >= 2 * ids.len()).await;
+    let heir = shared.replica().start().await;
+    eventually("second attempts", async || server.received().len() >= 2 * ids.len()).await;
     eprintln!("a deleted replica: its parked deliveries have gone out after {:.1?}", since.elapsed());
     settled(&heir, "http").await;
     heir.stop().await;

@@ -261,7 +261,7 @@ async fn send_posts_and_sums_up() {
 async fn the_shipped_rules_work_as_shipped() {
     let relay = Setup::new(SHIPPED).start().await;
     let id = relay.post(SAMPLE).await.ids().remove(0);
-    eventually("a line on standard output", || !relay.stdout().is_empty()).await;
+    eventually("a line on standard output", async || !relay.stdout().is_empty()).await;
     let line: Value = serde_json::from_str(&relay.stdout()[0]).unwrap();
     assert_eq!(line["id"], *id);
     assert_eq!(line["body"], serde_json::from_str::<Value>(SAMPLE).unwrap());

@@ -147,7 +147,7 @@ async fn a_full_disk(mount: &Mount, min_free: &str) {
     std::fs::remove_file(&filler).unwrap();
     open.store(true, Ordering::SeqCst);
     let relay = setup.start().await;
-    eventually("all that was accepted", || arrived(&receiver).is_superset(&accepted)).await;
+    eventually("all that was accepted", async || arrived(&receiver).is_superset(&accepted)).await;
     assert_eq!(arrived(&receiver), accepted, "what was refused was not stored");
     post_until_accepted(&relay, 7000, &mut accepted).await;
     relay.stop().await;
@@ -187,7 +187,7 @@ async fn a_disk_that_the_journal_itself_fills() {
     relay.kill().await;
     let relay = setup.start().await;
     open.store(true, Ordering::SeqCst);
-    eventually("all that was accepted", || arrived(&receiver).is_superset(&accepted)).await;
+    eventually("all that was accepted", async || arrived(&receiver).is_superset(&accepted)).await;
     post_until_accepted(&relay, 2000, &mut accepted).await;
     relay.stop().await;
 }
@@ -207,13 +207,13 @@ async fn a_relay_whose_ledger_cannot_be_written_can_be_stopped() {
     let mut relay = setup.start().await;
     let mut unrouted: BTreeSet<_> = relay.post(event(0, "sent")).await.ids().into_iter().collect();
     let spare = |entry: std::fs::DirEntry| entry.path().extension().is_some_and(|ending| ending == "spare");
-    eventually("a spare file", || mount.0.join("data/journal").read_dir().unwrap().flatten().any(spare)).await;
+    eventually("a spare file", async || mount.0.join("data/journal").read_dir().unwrap().flatten().any(spare)).await;
     let filler = mount.fill();
     for number in 1..4 {
         unrouted.extend(relay.post(padded(number, 50_000)).await.ids());
     }
     let message = "what no route matches can't be written; trying again";
-    eventually("the ledger to fail", || !relay.logged(message).is_empty()).await;
+    eventually("the ledger to fail", async || !relay.logged(message).is_empty()).await;
     let since = Instant::now();
     relay.signal(Signal::TERM);
     assert_eq!(relay.ended().await.code(), Some(0), "{:#?}", relay.log());
@@ -222,19 +222,13 @@ async fn a_relay_whose_ledger_cannot_be_written_can_be_stopped() {
 
     std::fs::remove_file(&filler).unwrap();
     let relay = setup.start().await;
-    let kept = async {
-        loop {
-            let letters = relay.get("/api/v1/dead-letters?sink=unrouted").await;
-            let letters = letters["dead_letters"].as_array().unwrap();
-            let ids: BTreeSet<_> =
-                letters.iter().map(|letter| letter["event_id"].as_str().unwrap().to_owned()).collect();
-            if ids == unrouted {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    within("all that no route matched to be dead letters", kept).await;
+    eventually("all that no route matched to be dead letters", async || {
+        let letters = relay.get("/api/v1/dead-letters?sink=unrouted").await;
+        let letters = letters["dead_letters"].as_array().unwrap();
+        letters.iter().map(|letter| letter["event_id"].as_str().unwrap().to_owned()).collect::<BTreeSet<_>>()
+            == unrouted
+    })
+    .await;
     relay.stop().await;
 }
 
@@ -295,7 +289,7 @@ async fn after_a_failed_sync_nothing_is_acknowledged() {
     );
     open.store(true, Ordering::SeqCst);
     let relay = setup.start().await;
-    eventually("all that was accepted", || arrived(&receiver).is_superset(&accepted)).await;
+    eventually("all that was accepted", async || arrived(&receiver).is_superset(&accepted)).await;
     relay.stop().await;
 }
 
@@ -345,8 +339,10 @@ async fn a_backlog_is_read_in_bounded_memory() {
     relay.kill().await;
     open.store(true, Ordering::SeqCst);
     let relay = setup.start().await;
-    eventually("the whole backlog", || seen.lock().unwrap_or_else(PoisonError::into_inner).len() == accepted.len())
-        .await;
+    eventually("the whole backlog", async || {
+        seen.lock().unwrap_or_else(PoisonError::into_inner).len() == accepted.len()
+    })
+    .await;
     let reading = peak_memory(&relay);
     eprintln!(
         "backlog of {} MB: {} MB of memory while it came in, {} MB while it was read",

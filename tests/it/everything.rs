@@ -44,7 +44,7 @@ async fn ten_thousand_events_reach_exactly_the_sinks_that_the_rules_name() {
     let ops = amqp_reader.inbox.wait_for_events("ops", expected("ops").len()).await;
     let on_kafka = expected("analytics").len() + EVENTS;
     let kafka = kafka_reader.inbox.wait("analytics and history", |arrived| arrived.all.len() >= on_kafka).await;
-    eventually("all lines on standard output", || relay.stdout().len() >= EVENTS).await;
+    eventually("all lines on standard output", async || relay.stdout().len() >= EVENTS).await;
     let tape = Tape::new(&relay.stdout());
     let log = relay.stop().await;
     assert!(log.iter().all(|line| line["level"] == "INFO"), "{log:#?}");

@@ -29,7 +29,7 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
 /// How long a wait may take: long, since it only passes where something is wrong.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 /// Where webhooks are posted.
 pub(crate) const PATH: &str = "/webhooks/engage";
 /// The header that carries the token, and the token, unless a test sets others.
@@ -118,11 +118,6 @@ impl Setup {
 
     /// Starts the relay, and returns when it takes connections.
     pub(crate) async fn start(&self) -> Relay {
-        self.start_within(DEADLINE).await
-    }
-
-    /// Starts a relay that may take this long until it takes connections.
-    pub(crate) async fn start_within(&self, time: Duration) -> Relay {
         let mut child = self.command(&[]).spawn().unwrap();
         let stdout = Lines::read(child.stdout.take().unwrap());
         let stderr = Lines::read(child.stderr.take().unwrap());
@@ -140,7 +135,7 @@ impl Setup {
                 tokio::time::sleep(POLL).await;
             }
         };
-        [relay.address, relay.admin] = within_time(time, "the relay to listen", listening).await;
+        [relay.address, relay.admin] = within("the relay to listen", listening).await;
         relay
     }
 }
@@ -236,16 +231,22 @@ impl Relay {
 
     /// Waits until a sink is as it should be.
     pub(crate) async fn sink_is(&self, name: &str, what: &str, condition: impl Fn(&Value) -> bool) -> Value {
-        let wait = async {
-            loop {
-                let sink = self.sink(name).await;
-                if condition(&sink) {
-                    return sink;
-                }
-                tokio::time::sleep(POLL).await;
-            }
-        };
-        within(&format!("the sink {name} {what}"), wait).await
+        self.shows(&format!("/api/v1/sinks/{name}"), &format!("the sink {name} {what}"), condition).await
+    }
+
+    /// Waits until the relay's status is as it should be.
+    pub(crate) async fn status_is(&self, what: &str, condition: impl Fn(&Value) -> bool) -> Value {
+        self.shows("/api/v1/status", what, condition).await
+    }
+
+    async fn shows(&self, path: &str, what: &str, condition: impl Fn(&Value) -> bool) -> Value {
+        let mut found = Value::Null;
+        eventually(what, async || {
+            found = self.get(path).await;
+            condition(&found)
+        })
+        .await;
+        found
     }
 
     /// Runs a command that talks to it.
@@ -598,7 +599,7 @@ impl Receiver {
 
     /// Waits until `count` requests have come, and returns them.
     pub(crate) async fn wait_for(&self, count: usize) -> Vec<Received> {
-        eventually(&format!("{count} deliveries"), || lock(&self.seen).len() >= count).await;
+        eventually(&format!("{count} deliveries"), async || lock(&self.seen).len() >= count).await;
         self.received()
     }
 }
@@ -640,21 +641,16 @@ pub(crate) fn http_routes(url: &str) -> String {
 
 /// Waits for a future, but not for ever.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    within_time(DEADLINE, what, future).await
-}
-
-/// Waits for a future, but no longer than this.
-pub(crate) async fn within_time<T>(time: Duration, what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(time, future).await {
+    match tokio::time::timeout(DEADLINE, future).await {
         Ok(output) => output,
-        Err(_) => panic!("waited {time:?} for {what}"),
+        Err(_) => panic!("waited {DEADLINE:?} for {what}"),
     }
 }
 
 /// Waits for a condition, but not for ever.
-pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let wait = async {
-        while !condition() {
+        while !condition().await {
             tokio::time::sleep(POLL).await;
         }
     };

@@ -343,7 +343,7 @@ async fn clients_that_go_away() {
     relay.post(array).await.ids();
     sent.extend([event(1, "array"), event(2, "array")]);
     let is_last = |body: &[u8]| body == event(2, "array").as_bytes();
-    eventually("the last event", || receiver.received().iter().any(|received| is_last(&received.body))).await;
+    eventually("the last event", async || receiver.received().iter().any(|received| is_last(&received.body))).await;
     relay.stop().await;
     for received in receiver.received() {
         let body = String::from_utf8(received.body.to_vec()).unwrap();
@@ -633,7 +633,7 @@ async fn a_full_journal_refuses_until_the_sink_catches_up() {
     accepted.extend(within("the journal to take events again", recovered).await);
     let arrived =
         || -> BTreeSet<String> { receiver.received().iter().map(|received| received.id().to_owned()).collect() };
-    eventually("all that was accepted", || arrived().is_superset(&accepted)).await;
+    eventually("all that was accepted", async || arrived().is_superset(&accepted)).await;
     assert_eq!(arrived(), accepted, "what was refused was not stored");
     relay.stop().await;
 }
@@ -659,7 +659,7 @@ async fn a_graceful_stop_answers_what_is_under_way() {
     assert_eq!(relay.ended().await.code(), Some(0), "{:#?}", relay.log());
     if !receiver.received().iter().any(|received| received.id() == id) {
         let again = setup.start().await;
-        eventually("the last event", || receiver.received().iter().any(|received| received.id() == id)).await;
+        eventually("the last event", async || receiver.received().iter().any(|received| received.id() == id)).await;
         again.stop().await;
     }
 }
@@ -687,8 +687,10 @@ async fn after_sigterm_it_accepts_a_little_longer() {
     let mut relay = Setup::new(SCREEN).env("RELAY_SHUTDOWN__DELAY", "2s").start().await;
     let started = Instant::now();
     relay.signal(Signal::TERM);
-    eventually("the signal to be noticed", || !relay.logged("asked to stop; accepting a little longer").is_empty())
-        .await;
+    eventually("the signal to be noticed", async || {
+        !relay.logged("asked to stop; accepting a little longer").is_empty()
+    })
+    .await;
     relay.post(event(1, "sent")).await.ids();
     assert_eq!(relay.ended().await.code(), Some(0));
     assert!(started.elapsed() >= Duration::from_secs(2));

@@ -76,7 +76,7 @@ async fn a_missing_topic_holds_up_no_other_and_gets_its_events_when_it_is_made()
         relay.post(event(number + 100, "one")).await.ids();
     }
     one.inbox.wait_for_events("the topic that is there", 20).await;
-    eventually("a failed attempt in the log", || !relay.logged("attempt failed").is_empty()).await;
+    eventually("a failed attempt in the log", async || !relay.logged("attempt failed").is_empty()).await;
     create_topic(&kafka, &topics[1], &[]).await;
     let two = KafkaReader::new(&kafka, &[&topics[1]]);
     two.inbox.wait_for_events("the topic that was missing", 20).await;

@@ -129,7 +129,7 @@ async fn an_event_that_never_succeeds_does_not_stop_its_sink() {
     let hasty = "delivery = { backoff = { initial = \"20ms\", max = \"100ms\" }, breaker = { failures = 3, probe = \"300ms\" } }";
     let relay = Setup::new(&(sink("http", &server, hasty) + &all_to(&["http"]))).start().await;
     relay.post(event(0, "error")).await.ids();
-    crate::harness::eventually("the breaker to open", || {
+    crate::harness::eventually("the breaker to open", async || {
         !relay.logged("sink is failing; it is only probed until it is back").is_empty()
     })
     .await;

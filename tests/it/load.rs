@@ -15,8 +15,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::brokers::{Arrived, Inbox, PATIENCE};
-use crate::harness::{self, PATH};
+use crate::brokers::{Arrived, Inbox};
+use crate::harness::{self, DEADLINE, PATH, within};
 
 /// How long a sender pauses that got no answer.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -83,10 +83,10 @@ impl Load {
         let from = self.count();
         let mut posted = self.posted.subscribe();
         let enough = posted.wait_for(|posted| posted.acked.len() >= from + count);
-        match timeout(PATIENCE, enough).await {
+        match timeout(DEADLINE, enough).await {
             Ok(posted) => posted.expect("the sender is ours").acked[from..].to_vec(),
             Err(_elapsed) => {
-                panic!("waited {PATIENCE:?} for {count} acknowledged events; there were {}", self.count() - from)
+                panic!("waited {DEADLINE:?} for {count} acknowledged events; there were {}", self.count() - from)
             }
         }
     }
@@ -99,7 +99,7 @@ impl Load {
                 ended.expect("a sender ends well");
             }
         };
-        timeout(PATIENCE, ended).await.expect("the senders end in time");
+        within("the senders to end", ended).await;
         self.posted.borrow().clone()
     }
 }
@@ -147,7 +147,7 @@ impl Sender {
             let answer: Value = serde_json::from_slice(&response.into_body().collect().await.ok()?.to_bytes()).ok()?;
             Some(answer["ids"][0].as_str()?.to_owned())
         };
-        let Some(id) = timeout(PATIENCE, exchange).await.expect("an answer or an error in time") else { return false };
+        let Some(id) = within("an answer or an error", exchange).await else { return false };
         self.posted.send_modify(|posted| {
             let message = format!("wamid.{message:08}");
             posted.acked.push(Acked { id: id.clone(), posted: posted_at });

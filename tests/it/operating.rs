@@ -42,14 +42,13 @@ async fn letters(relay: &Relay, query: &str) -> Vec<Value> {
 }
 
 async fn wait_for_letters(relay: &Relay, count: usize) -> Vec<Value> {
-    for _ in 0..1000 {
-        let found = letters(relay, "").await;
-        if found.len() >= count {
-            return found;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("waited for {count} dead letters; there are {:#?}", letters(relay, "").await);
+    let mut found = Vec::new();
+    eventually(&format!("{count} dead letters"), async || {
+        found = letters(relay, "").await;
+        found.len() >= count
+    })
+    .await;
+    found
 }
 
 #[tokio::test]
@@ -101,7 +100,7 @@ async fn every_dead_letter_says_why_and_can_be_replayed_or_discarded() {
     inbox.wait_for_ids("good", [id.clone()]).await;
     let exhausted = letters(&relay, "?sink=exhausts").await[0]["id"].as_i64();
     assert_eq!(relay.command_json(&["dead-letters", "replay", "--sink", "exhausts"]).await["replayed"], 1);
-    eventually_async("it to die again", async || {
+    eventually("it to die again", async || {
         let again = letters(&relay, "?sink=exhausts").await;
         again.first().is_some_and(|letter| letter["id"].as_i64() > exhausted && letter["attempts"] == 3)
     })
@@ -123,16 +122,6 @@ async fn every_dead_letter_says_why_and_can_be_replayed_or_discarded() {
     let done = relay.command(&["dead-letters", "discard"]).await;
     assert!(done.code == Some(1) && done.stderr.contains("--all"), "{done:?}");
     relay.stop().await;
-}
-
-async fn eventually_async(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    for _ in 0..1000 {
-        if condition().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("waited for {what}");
 }
 
 /// Many dead letters at once, at a rate and without.
@@ -304,7 +293,8 @@ async fn readiness_ends_before_accepting_does() {
     let mut relay = setup.start().await;
     assert_eq!(relay.get("/readyz").await["status"], "ready");
     relay.signal(Signal::TERM);
-    eventually("the relay to notice", || !relay.logged("asked to stop; accepting a little longer").is_empty()).await;
+    eventually("the relay to notice", async || !relay.logged("asked to stop; accepting a little longer").is_empty())
+        .await;
     is_problem(&relay.ask(with_token("/readyz", None)).await, 503);
     assert_eq!(relay.ask(with_token("/healthz", None)).await.status, 200);
     assert_eq!(relay.post(event(1, "sent")).await.status, 200);

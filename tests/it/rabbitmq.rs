@@ -41,7 +41,7 @@ async fn a_memory_alarm_slows_and_repeats_nothing(broker: &OwnBroker) {
     reader.inbox.wait_for_ids("RabbitMQ", events.into_iter().map(|acked| acked.id)).await;
 
     broker.ctl(&["set_vm_memory_high_watermark", "0.00000001"]).await;
-    eventually("the broker to block", || !relay.logged("the broker blocks publishers").is_empty()).await;
+    eventually("the broker to block", async || !relay.logged("the broker blocks publishers").is_empty()).await;
     let (since, arrived) = (Instant::now(), reader.inbox.now().all.len());
     let mut events = load.more(200).await;
     // Longer than an attempt may take, by far.
@@ -102,7 +102,7 @@ async fn a_missing_exchange_holds_up_no_other_and_gets_its_events_when_it_is_dec
         relay.post(event(number, "two")).await.ids();
     }
     // Those fail over and over by now, with nothing else to do for the sink.
-    eventually("a third attempt", || relay.logged("attempt failed").len() > 1).await;
+    eventually("a third attempt", async || relay.logged("attempt failed").len() > 1).await;
     for number in 100..110 {
         let posted = Instant::now();
         let ids = relay.post(event(number, "one")).await.ids();

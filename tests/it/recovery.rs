@@ -321,6 +321,6 @@ async fn a_removed_sink_leaves_dead_letters() {
     assert_eq!(replayed["replayed"], 2);
     let arrived = inbox.wait_for_ids("the new sink", posted.clone()).await;
     assert_eq!(arrived.orders()["wamid.00000001"], posted, "in order");
-    eventually("nothing else to come", || inbox.now().all.len() == 2).await;
+    eventually("nothing else to come", async || inbox.now().all.len() == 2).await;
     relay.stop().await;
 }

@@ -28,16 +28,8 @@ async fn reload(relay: &Relay) -> Value {
 
 /// Waits until rules were loaded that are not those of `before`.
 async fn reloaded(relay: &Relay, before: &Value) -> Value {
-    within("the rules are loaded", async {
-        loop {
-            let rules = relay.get("/api/v1/status").await["rules"].clone();
-            if rules["last_reload"] != before["last_reload"] {
-                return rules;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    })
-    .await
+    let other = |status: &Value| status["rules"]["last_reload"] != before["last_reload"];
+    relay.status_is("the rules are loaded", other).await["rules"].clone()
 }
 
 #[tokio::test]
@@ -161,12 +153,7 @@ async fn a_removed_sinks_parked_deliveries_are_dead_letters_and_a_changed_one_ke
     let two_only = format!("[sinks.two]\ntype = \"http\"\nurl = \"{}\"\ntimeout = \"3s\"\n", two.url("/"));
     setup.file("routes.toml", &format!("{two_only}{}", to("\"two\"")));
     assert_eq!(reload(&relay).await["outcome"], "applied");
-    within("the sink is closed", async {
-        while relay.get("/api/v1/status").await["dead_letters"]["one"] != 1 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await;
+    relay.status_is("the sink is closed", |status| status["dead_letters"]["one"] == 1).await;
     let letters = relay.get("/api/v1/dead-letters?sink=one").await;
     assert_eq!(letters["dead_letters"][0]["reason"], "sink_removed", "{letters}");
     relay.sink_is("two", "is paused still", |sink| sink["paused"] == true).await;

@@ -2,16 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::brokers::{create_topic, set_topic, shared_kafka, unique};
-use crate::harness::{Receiver, Relay, Reply, Setup, event, within_time};
-
-/// How long replicas may take to agree, on a busy machine.
-const AGREEMENT: Duration = Duration::from_secs(90);
-const POLL: Duration = Duration::from_millis(100);
+use crate::harness::{Receiver, Relay, Reply, Setup, event, eventually};
 
 /// The settings of relays that share a journal on the tests' one broker.
 fn settings(prefix: &str, more: &str) -> String {
@@ -31,8 +26,8 @@ async fn pair(rules: &str, more: &str) -> [Relay; 2] {
         setup
     });
     let [first, second] = setups;
-    let first = first.start_within(AGREEMENT).await;
-    let relays = [first, second.start_within(AGREEMENT).await];
+    let first = first.start().await;
+    let relays = [first, second.start().await];
     agree(&relays, "to share the partitions", |status| {
         let replicas = status["replicas"].as_array().expect("a list");
         let share = |replica: &Value| replica["sinks"][0]["partitions"].as_array().map_or(0, Vec::len);
@@ -45,12 +40,7 @@ async fn pair(rules: &str, more: &str) -> [Relay; 2] {
 /// Waits until both say so.
 async fn agree(relays: &[Relay; 2], what: &str, condition: impl Fn(&Value) -> bool) {
     for relay in relays {
-        let wait = async {
-            while !condition(&relay.get("/api/v1/status").await) {
-                tokio::time::sleep(POLL).await;
-            }
-        };
-        within_time(AGREEMENT, &format!("the replicas {what}"), wait).await;
+        relay.status_is(&format!("the replicas {what}"), &condition).await;
     }
 }
 
@@ -80,7 +70,7 @@ async fn a_sink_is_paused_and_resumed_on_all() {
         assert_eq!(second.post(event(number, "sent")).await.status, 200);
     }
     // One that starts now does not deliver either.
-    let second = second.kill().await.start_within(AGREEMENT).await;
+    let second = second.kill().await.start().await;
     let relays = [first, second];
     agree(&relays, "to have all events waiting", |status| status["sinks"][0]["lag_events"] == 20).await;
     assert_eq!(receiver.received().len(), 0);
@@ -194,25 +184,15 @@ async fn a_sink_that_is_gone_at_a_start_is_told_of() {
     let receiver = Receiver::start(move |_| Reply::Status(answers.load(Ordering::Relaxed))).await;
     let setup = Setup::new(&rules(&receiver));
     setup.file("relay.toml", &settings(&unique("gone"), ""));
-    let relay = setup.start_within(AGREEMENT).await;
+    let relay = setup.start().await;
     assert_eq!(relay.post(event(0, "sent")).await.status, 200);
-    let parked = async {
-        while relay.sink("http").await["parked"] != 1 {
-            tokio::time::sleep(POLL).await
-        }
-    };
-    within_time(AGREEMENT, "the delivery to be parked", parked).await;
+    relay.sink_is("http", "has parked it", |sink| sink["parked"] == 1).await;
     let setup = relay.kill().await;
     setup.file("routes.toml", &rules(&receiver).replace("http]", "new]").replace("[\"http\"]", "[\"new\"]"));
-    let relay = setup.start_within(AGREEMENT).await;
+    let relay = setup.start().await;
     let told =
         || relay.log().into_iter().find(|line| line["message"].to_string().contains("what it may have parked stays"));
-    let wait = async {
-        while told().is_none() {
-            tokio::time::sleep(POLL).await
-        }
-    };
-    within_time(AGREEMENT, "the relay to tell", wait).await;
+    eventually("the relay to tell", async || told().is_some()).await;
     assert_eq!(told().expect("it was there just now")["sink"], "http");
 
     // It is back, and what it had parked goes out.
@@ -220,7 +200,7 @@ async fn a_sink_that_is_gone_at_a_start_is_told_of() {
     let before = receiver.received().len();
     relay.change_rules(&rules(&receiver));
     relay.operate("/api/v1/reload", &Value::Null).await;
-    within_time(AGREEMENT, "what was parked to arrive", receiver.wait_for(before + 1)).await;
+    receiver.wait_for(before + 1).await;
     relay.stop().await;
 }
 
@@ -275,7 +255,7 @@ async fn an_event_that_is_longer_than_kafka_takes_is_refused() {
     let setup = Setup::new(&receiver.routes());
     let more = "options = { \"message.max.bytes\" = 40000 }\n";
     setup.file("relay.toml", &settings(&unique("long"), more));
-    let relay = setup.start_within(AGREEMENT).await;
+    let relay = setup.start().await;
     let long = |length: usize| event(1, "sent").replace("campaign name", &"x".repeat(length));
     assert_eq!(relay.post(long(10_000)).await.status, 200);
     let answer = relay.post(long(33_000)).await;
@@ -289,18 +269,13 @@ async fn an_event_that_is_longer_than_kafka_takes_is_refused() {
 
 /// Posts events that no route matches until one is answered so; how many are accepted.
 async fn post_until(relay: &Relay, wanted: u16) -> usize {
-    let mut accepted = 0;
-    let answered = async {
-        for number in 0.. {
-            let status = relay.post(event(number, "read")).await.status;
-            accepted += usize::from(status == 200);
-            if status == wanted {
-                return;
-            }
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    within_time(AGREEMENT, "the topic's settings to take effect", answered).await;
+    let (mut numbers, mut accepted) = (0.., 0);
+    eventually("the topic's settings to take effect", async || {
+        let status = relay.post(event(numbers.next().expect("no end"), "read")).await.status;
+        accepted += usize::from(status == 200);
+        status == wanted
+    })
+    .await;
     accepted
 }
 
@@ -310,7 +285,7 @@ async fn what_no_route_matches_waits_for_its_dead_letter() {
     let receiver = Receiver::accepting().await;
     let (prefix, setup) = (unique("aside"), Setup::new(&rules(&receiver)));
     setup.file("relay.toml", &settings(&prefix, ""));
-    let relay = setup.start_within(AGREEMENT).await;
+    let relay = setup.start().await;
     let topic = format!("{prefix}.dead-letters");
     set_topic(&shared_kafka(), &topic, &[("cleanup.policy", "compact"), ("max.message.bytes", "100")]).await;
     let early = post_until(&relay, 503).await;
@@ -323,12 +298,7 @@ async fn what_no_route_matches_waits_for_its_dead_letter() {
 
     set_topic(&shared_kafka(), &topic, &[("cleanup.policy", "compact"), ("max.message.bytes", "1048588")]).await;
     let accepted = early + post_until(&relay, 200).await;
-    let kept = async {
-        while relay.get("/api/v1/status").await["dead_letters"]["unrouted"] != accepted {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    within_time(AGREEMENT, "the dead letters to be there", kept).await;
+    relay.status_is("the dead letters are there", |status| status["dead_letters"]["unrouted"] == accepted).await;
     let letters = relay.get("/api/v1/dead-letters?sink=unrouted").await;
     assert_eq!(letters["dead_letters"][0]["status"], "read", "{letters}");
     relay.stop().await;
@@ -339,7 +309,7 @@ async fn what_no_route_matches_is_only_counted_without_keep() {
     let receiver = Receiver::accepting().await;
     let setup = Setup::new(&format!("{}[unrouted]\nkeep = false\n", rules(&receiver)));
     setup.file("relay.toml", &settings(&unique("counted"), ""));
-    let relay = setup.start_within(AGREEMENT).await;
+    let relay = setup.start().await;
     for (number, status) in [(0, "read"), (1, "sent"), (2, "read")] {
         assert_eq!(relay.post(event(number, status)).await.status, 200);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::balancer::{haproxy, unused_addresses};
-use crate::harness::{Client, DEADLINE, Receiver, Relay, Setup, event, eventually, webhook, within};
+use crate::harness::{Client, Receiver, Relay, Setup, event, eventually, webhook, within};
 
 /// Posts one event after the other, until told to end or one is not accepted; the ids, and what went wrong.
 async fn send(sender: u32, front: SocketAddr, going: Arc<AtomicBool>) -> (Vec<String>, Option<String>) {
@@ -61,13 +61,9 @@ async fn a_rolling_restart_fails_no_request() {
     let senders: Vec<_> = (0..8).map(|sender| tokio::spawn(send(sender, front, Arc::clone(&going)))).collect();
     for (index, setup) in setups.iter().enumerate() {
         // Load on both, before one goes.
-        let busy = relays[index].get("/api/v1/status").await["journal"]["end"].as_i64().unwrap();
-        within("the relay to take requests", async {
-            while relays[index].get("/api/v1/status").await["journal"]["end"].as_i64().unwrap() <= busy {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        })
-        .await;
+        let end = |status: &serde_json::Value| status["journal"]["end"].as_i64().unwrap();
+        let busy = end(&relays[index].get("/api/v1/status").await);
+        relays[index].status_is("the relay takes requests", |status| end(status) > busy).await;
         relays[index].signal(Signal::TERM);
         assert_eq!(relays[index].ended().await.code(), Some(0));
         relays[index] = setup.start().await;
@@ -77,12 +73,12 @@ async fn a_rolling_restart_fails_no_request() {
     going.store(false, Ordering::Relaxed);
     let mut sent = Vec::new();
     for sender in senders {
-        let (ids, failed) = tokio::time::timeout(DEADLINE, sender).await.unwrap().unwrap();
+        let (ids, failed) = within("a sender to end", sender).await.unwrap();
         assert_eq!(failed, None);
         sent.extend(ids);
     }
     assert!(sent.len() > 1000, "{}", sent.len());
-    eventually("everything is delivered", || {
+    eventually("everything is delivered", async || {
         let arrived: std::collections::HashSet<_> =
             receiver.received().iter().map(|received| received.id().to_owned()).collect();
         sent.iter().all(|id| arrived.contains(id))

@@ -2,17 +2,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::access::{Authority, https};
 use crate::brokers::{Kind, OwnBroker, unique};
-use crate::harness::{Relay, Setup, TOKEN, event, within_time};
-
-/// How long a broker that has only just started may take, on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(90);
-const POLL: Duration = Duration::from_millis(50);
+use crate::harness::{Relay, Setup, TOKEN, event};
 
 /// A certificate authority, and a broker that shows a certificate of it.
 async fn broker(kind: Kind) -> (Authority, OwnBroker) {
@@ -29,12 +24,7 @@ async fn deliver(relay: &Relay, sink: &str) {
     for number in 0..4 {
         assert_eq!(relay.post(event(number, "sent")).await.status, 200);
     }
-    let delivered = async {
-        while relay.sink(sink).await["delivered"] != 5 {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    within_time(PATIENCE, "five events to be delivered", delivered).await;
+    relay.sink_is(sink, "has delivered five events", |sink| sink["delivered"] == 5).await;
 }
 
 async fn last_error(relay: &Relay, sink: &str) -> String {
@@ -78,7 +68,7 @@ async fn kafka_takes_a_password_over_tls() {
         assert!(done.code == Some(1) && done.stderr.contains(expected), "{done:?}\n should have {expected}");
     }
     setup.file("relay.toml", &journal(&options("SCRAM-SHA-512", "secret", &authority.ca())));
-    let relay = setup.start_within(PATIENCE).await;
+    let relay = setup.start().await;
     assert_eq!(relay.post(event(9, "sent")).await.status, 200);
     last_error(&relay, "kafka").await;
     let log = relay.log();

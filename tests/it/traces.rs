@@ -182,7 +182,8 @@ async fn a_collector_that_fails_costs_nothing_else() {
         relay.post(event(number, "sent")).await.ids();
         let warning = "traces can't be sent to the collector, and are dropped; events are not affected";
         if warns {
-            eventually(&format!("a warning of {protocol} {endpoint}"), || !relay.logged(warning).is_empty()).await;
+            eventually(&format!("a warning of {protocol} {endpoint}"), async || !relay.logged(warning).is_empty())
+                .await;
         }
         relay.post(event(number + 100, "sent")).await.ids();
         let since = Instant::now();
