@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::producer::{DeliveryResult, ProducerContext};
+use rdkafka::{ClientConfig, ClientContext};
 use tracing::{debug, info, warn};
 
 pub use producer::{Place, Producer, Record, SendError, Sent};
@@ -136,6 +136,12 @@ fn is_broker(text: &str) -> bool {
 pub fn take_reserved(options: &mut BTreeMap<String, String>) -> Vec<String> {
     let reserved = RESERVED_OPTIONS.iter().filter(|(name, _)| options.remove(*name).is_some());
     reserved.map(|(name, reason)| format!("{name:?} cannot be set: {reason}")).collect()
+}
+
+/// What librdkafka objects to, of each option.
+pub fn refused_options(options: &BTreeMap<String, String>) -> impl Iterator<Item = String> {
+    let refused = |(name, value)| ClientConfig::new().set(name, value).create_native_config().err();
+    options.iter().filter_map(refused).map(|error| refused_option(&error))
 }
 
 /// What librdkafka objects to; without the value, which may be a secret.

@@ -19,6 +19,8 @@ mod schema;
 pub mod shared;
 
 use std::collections::HashMap;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -129,6 +131,8 @@ impl Ledger {
     ///
     /// [`LedgerError`]: the file can't be read or written, or a newer version wrote it.
     pub fn open(path: &Path) -> Result<Opened, LedgerError> {
+        // It holds what people were sent: nobody else's to read. What SQLite puts beside it is as the file is.
+        OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(LedgerError::Create)?;
         let mut connection = Connection::open(path)?;
         connection.busy_timeout(BUSY)?;
         connection.pragma_update(None, "journal_mode", "wal")?;
@@ -336,6 +340,9 @@ fn transact(
 /// Why the ledger did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
+    /// The file can't be made, or not written.
+    #[error("the ledger can't be opened")]
+    Create(#[source] std::io::Error),
     /// SQLite said so, at opening.
     #[error("the ledger can't be opened")]
     Open(#[from] rusqlite::Error),

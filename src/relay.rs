@@ -18,13 +18,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{error, info, warn};
 
 use crate::admin::{self, Operated};
 use crate::config::{Config, ShutdownConfig};
-use crate::ingress::{Access, AccessError, Ingress};
+use crate::ingress::{Access, AccessError, BACKLOG, Ingress};
 use crate::journal::{Health, View, disk, kafka};
 use crate::lane::TooManyChanges;
 use crate::ledger::LedgerError;
@@ -57,8 +58,8 @@ pub enum Shutdown {
 
 /// The sockets that a relay listens on, bound by the caller.
 pub struct Listeners {
-    /// For webhooks.
-    pub ingress: TcpListener,
+    /// For webhooks; listened to when the relay is ready, so that senders are not kept waiting.
+    pub ingress: TcpSocket,
     /// For operators.
     pub admin: TcpListener,
 }
@@ -89,17 +90,14 @@ pub async fn run(
     let Loaded { config, rules, .. } = loaded;
     let sinks = rules.sinks.len();
     let operators = admin::Gate::new(admin::Access::new(&config.admin)?);
-    let (started, operated) = Relay::start(&config, rules, origin, operators.clone(), &shutdown).await?;
-    let (ingress, admin) = (listeners.ingress.local_addr()?, listeners.admin.local_addr()?);
-    let operating = tokio::spawn(async move {
-        if let Err(error) = admin::serve(operators, listeners.admin, operated).await {
-            error!(%error, "the admin side has ended; events are delivered nevertheless");
-        }
-    });
-    info!(listen = %ingress, path = %config.ingress.path, sinks, %admin, "accepting webhooks");
-    let result = started.serve(listeners.ingress, shutdown, config.shutdown).await;
-    operating.abort();
-    result
+    let admin = listeners.admin.local_addr()?;
+    let mut operating = admin::Server::start(operators.clone(), listeners.admin)?;
+    let (started, operated) = Relay::start(&config, rules, origin, operators, &shutdown).await?;
+    operating.operate(operated);
+    let listener = listeners.ingress.listen(BACKLOG)?;
+    let listen = listener.local_addr()?;
+    info!(%listen, path = %config.ingress.path, sinks, %admin, "accepting webhooks");
+    started.serve(listener, shutdown, config.shutdown).await
 }
 
 /// The parts of a running relay.
@@ -156,12 +154,12 @@ impl Relay {
 
     async fn serve(
         mut self,
-        listener: TcpListener,
+        listener: tokio::net::TcpListener,
         mut shutdown: watch::Receiver<Shutdown>,
         times: ShutdownConfig,
     ) -> Result<(), RunError> {
         let result = tokio::select! {
-            result = self.ingress.accept(listener) => result.map_err(RunError::from),
+            () = self.ingress.accept(listener) => Ok(()),
             () = asked_to_end(&mut shutdown, times.delay) => Ok(()),
             reason = self.storage.failed() => Err(RunError::Journal(reason)),
             error = self.reloads.run(&mut self.carriers) => Err(error),
@@ -226,6 +224,7 @@ fn unready(journal: &View, shutdown: watch::Receiver<Shutdown>) -> Box<dyn Fn() 
     let journal = journal.clone();
     Box::new(move || match journal.health() {
         Health::Full(reason) => Some(format!("the journal is full: {reason}")),
+        Health::Away(reason) => Some(format!("Kafka takes nothing: {reason}")),
         Health::Failed(reason) => Some(format!("the journal has failed: {reason}")),
         Health::Serving => (*shutdown.borrow() != Shutdown::No).then(|| "the relay is stopping".to_owned()),
     })

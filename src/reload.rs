@@ -2,7 +2,8 @@
 //!
 //! Every file counts that was read for them: `relay.toml`, `routes.toml`, secrets given as `${file:…}`, certificates.
 //! They are looked at once a second. That sees an editor's rename, a ConfigMap's swapped link and a network file system
-//! alike, which notifications of the kernel do not. Content counts: a file that was only touched has not changed.
+//! alike, which notifications of the kernel do not. Content counts: a file that was only touched has not changed, and one
+//! that has become empty is being written.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -185,6 +186,10 @@ impl Stat {
             changed: (found.ctime(), found.ctime_nsec()),
         })
     }
+
+    fn is_empty(self) -> bool {
+        self.size == 0
+    }
 }
 
 impl Print {
@@ -221,8 +226,11 @@ impl Seen {
 
     /// Whether a file has another content. Reads only those that may.
     async fn look(&mut self) -> bool {
-        let touched: Vec<_> = self.0.iter().filter(|(path, print)| Stat::of(path) != print.stat).collect();
-        let touched: Vec<_> = touched.into_iter().map(|(path, _)| path.clone()).collect();
+        let touched = self.0.iter().filter(|(path, print)| {
+            let now = Stat::of(path);
+            now != print.stat && !(now.is_some_and(Stat::is_empty) && print.stat.is_some_and(|stat| !stat.is_empty()))
+        });
+        let touched: Vec<_> = touched.map(|(path, _)| path.clone()).collect();
         if touched.is_empty() {
             return false;
         }
@@ -273,6 +281,16 @@ mod tests {
         assert!(notices(&mut seen).await);
         let (_, now) = sources.load();
         assert!(!now.holds_same(&seen));
+    }
+
+    #[tokio::test]
+    async fn a_file_that_was_emptied_is_waited_for() {
+        let (_dir, secret, sources) = setup();
+        let (_, mut seen) = sources.load();
+        fs::write(&secret, "").unwrap();
+        assert!(!notices(&mut seen).await);
+        fs::write(&secret, "two").unwrap();
+        assert!(notices(&mut seen).await);
     }
 
     #[tokio::test]

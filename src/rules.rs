@@ -2,6 +2,7 @@
 
 mod explain;
 
+use std::error::Error as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 use crate::document::{Document, Key, Lookup, Problem, Section, Severity, Unresolved};
 use crate::lane;
 use crate::routing::{Table, check_sink_name};
-use crate::sink;
+use crate::sink::{self, BuildError};
 
 pub use explain::{Destination, Explained};
 
@@ -75,7 +76,7 @@ impl Rules {
     pub fn compile(file: &str, source: &str, lookup: &dyn Lookup) -> Result<(Self, Vec<Problem>), RulesError> {
         let document = Document::parse(file, source, lookup);
         let mut root = document.root();
-        let (sinks, names) = read_sinks(&mut root, lookup);
+        let (sinks, names) = read_sinks(&mut root, lookup, sink::Config::check);
         let table = Table::read(&mut root, &names);
         root.finish();
         let problems = finished(document)?;
@@ -92,7 +93,7 @@ impl Rules {
 pub fn routes_of(file: &str, source: &str, lookup: &dyn Lookup) -> Result<(Table, Vec<Problem>), RulesError> {
     let document = Document::parse(file, source, lookup);
     let mut root = document.root();
-    let (_, names) = read_sinks(&mut root, lookup);
+    let (_, names) = read_sinks(&mut root, lookup, |_| Ok(()));
     document.forgive_references();
     let table = Table::read(&mut root, &names);
     root.finish();
@@ -121,13 +122,21 @@ pub fn routes_beside(file: &str, source: &str, running: &Table) -> Result<(Table
 }
 
 /// The sinks that can be used, and the names of all.
-fn read_sinks<'d>(root: &mut Section<'d>, lookup: &dyn Lookup) -> (Vec<SinkRules>, Vec<Key<'d>>) {
+fn read_sinks<'d>(
+    root: &mut Section<'d>,
+    lookup: &dyn Lookup,
+    check: impl Fn(&sink::Config) -> Result<(), (&'static str, BuildError)>,
+) -> (Vec<SinkRules>, Vec<Key<'d>>) {
     let (mut sinks, mut names) = (Vec::new(), Vec::new());
     for (key, mut section) in root.tables("sinks") {
         check_name(root, &key);
         let sink = sink::Config::read(&mut section);
         let concurrency = sink.as_ref().map_or(1, sink::Config::default_concurrency);
         let lane = lane::Config::read(&mut section, concurrency);
+        if let Some(Err((key, error))) = sink.as_ref().map(&check) {
+            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            section.problem(key, format!("{error}{cause}"));
+        }
         section.finish();
         if let Some(sink) = sink {
             let files = sink.files().iter().map(|path| digest(path, lookup)).collect();

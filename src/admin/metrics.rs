@@ -13,6 +13,7 @@ use super::{Operated, Shared};
 use crate::journal::disk;
 use crate::lane::Status;
 use crate::ledger::millis;
+use crate::routing::UNROUTED;
 
 /// All metrics, in the text format.
 pub(super) async fn metrics(State(operated): State<Shared>) -> Result<Response, Problem> {
@@ -32,12 +33,14 @@ async fn at_the_moment(operated: &Operated) -> Result<Result<Registry, Error>, P
     let lanes = futures_util::future::join_all(lanes).await;
     let lanes: Vec<_> = lanes.into_iter().filter_map(|(name, status)| Some((name.as_str(), status.ok()?))).collect();
     let dead_letters = dead_letters(operated).await?;
-    let dead_letters: Vec<_> = dead_letters.iter().map(|(sink, count)| (sink.as_str(), *count as f64)).collect();
+    // Also where there are none.
+    let none = lanes.iter().map(|(sink, _)| *sink).chain([UNROUTED]).map(|sink| (sink, 0.0));
+    let dead_letters = none.chain(dead_letters.iter().map(|(sink, count)| (sink.as_str(), *count as f64)));
     let registry = Registry::new();
     let show = || {
         of_sinks(&registry, &lanes)?;
         let help = "Deliveries of a sink that will not be tried again.";
-        by_sink(&registry, "relay_sink_dead_letters", help, dead_letters.into_iter())?;
+        by_sink(&registry, "relay_sink_dead_letters", help, dead_letters.clone())?;
         if let Some(files) = operated.journal.files() {
             of_files(&registry, files)?;
         }

@@ -37,11 +37,13 @@ use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use axum::Router;
+use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
 use axum::routing::get;
 use prometheus::Registry;
 use serde::Deserialize;
 use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -245,20 +247,38 @@ fn router(operated: Shared, gate: Gate) -> Router {
         .with_state(operated)
 }
 
-/// Serves until it is dropped.
-///
-/// # Errors
-///
-/// The listener can't be used.
-pub async fn serve(gate: Gate, listener: std::net::TcpListener, operated: Operated) -> io::Result<()> {
-    listener.set_nonblocking(true)?;
-    let listener = tokio::net::TcpListener::from_std(listener)?;
-    let operated = Arc::new(operated);
-    let part = replicas::take_part(Arc::clone(&operated));
-    let serve = server::serve(listener, router(operated, gate.clone()), gate);
-    tokio::select! {
-        () = serve => {}
-        () = async { part.await; std::future::pending().await } => {}
+/// What is served while the relay starts: probes have to tell that from one that hangs.
+fn starting() -> Router {
+    let starting = || async { Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the relay is starting") };
+    Router::new().route("/healthz", get(health::alive)).fallback(starting)
+}
+
+/// The admin side; it ends when this is dropped.
+pub struct Server {
+    gate: Gate,
+    router: Arc<ArcSwap<Router>>,
+    tasks: JoinSet<()>,
+}
+
+impl Server {
+    /// Takes connections, and says that the relay is starting.
+    ///
+    /// # Errors
+    ///
+    /// The listener can't be used.
+    pub fn start(gate: Gate, listener: std::net::TcpListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let router = Arc::new(ArcSwap::from_pointee(starting()));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(server::serve(listener, Arc::clone(&router), gate.clone()));
+        Ok(Self { gate, router, tasks })
     }
-    Ok(())
+
+    /// Serves everything from now on.
+    pub fn operate(&mut self, operated: Operated) {
+        let operated = Arc::new(operated);
+        self.tasks.spawn(replicas::take_part(Arc::clone(&operated)));
+        self.router.store(Arc::new(router(operated, self.gate.clone())));
+    }
 }

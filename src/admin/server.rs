@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use axum::Router;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
@@ -24,13 +26,13 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts connections for ever.
-pub(super) async fn serve(listener: TcpListener, router: Router, gate: Gate) {
+pub(super) async fn serve(listener: TcpListener, router: Arc<ArcSwap<Router>>, gate: Gate) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (router, tls) = (router.clone(), gate.load().tls.clone());
+                let (router, tls) = (Arc::clone(&router), gate.load().tls.clone());
                 tokio::spawn(async move {
                     serve_connection(stream, router, tls).await;
                     drop(permit);
@@ -44,7 +46,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, gate: Gate) {
     }
 }
 
-async fn serve_connection(stream: TcpStream, router: Router, tls: Option<tls::Server>) {
+async fn serve_connection(stream: TcpStream, router: Arc<ArcSwap<Router>>, tls: Option<tls::Server>) {
     let Some(tls) = tls else { return serve_http(stream, router).await };
     match timeout(HEADER_TIMEOUT, tls.accept(stream)).await {
         Ok(Ok(stream)) => serve_http(stream, router).await,
@@ -53,11 +55,12 @@ async fn serve_connection(stream: TcpStream, router: Router, tls: Option<tls::Se
     }
 }
 
-async fn serve_http(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Router) {
+async fn serve_http(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Arc<ArcSwap<Router>>) {
     let mut builder = Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
     builder.http2().timer(TokioTimer::new());
-    let served = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)).await;
+    let service = service_fn(move |request| TowerToHyperService::new(Router::clone(&router.load())).call(request));
+    let served = builder.serve_connection(TokioIo::new(stream), service).await;
     if let Err(error) = served {
         debug!(%error, "a connection of the admin side ended");
     }

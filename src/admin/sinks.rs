@@ -50,7 +50,7 @@ struct IngressStatus {
 /// The journal.
 #[derive(Serialize, ToSchema)]
 struct JournalStatus {
-    /// `serving`, `full` or `failed`.
+    /// `serving`, `full`, `away` (brokers take nothing) or `failed`.
     state: &'static str,
     /// What its files take; 0 where it is not on this disk.
     disk_bytes: u64,
@@ -136,6 +136,7 @@ pub(super) async fn status(operated: &Operated) -> Result<Status, Problem> {
     let state = match operated.journal.health() {
         Health::Serving => "serving",
         Health::Full(_) => "full",
+        Health::Away(_) => "away",
         Health::Failed(_) => "failed",
     };
     let disk_bytes = operated.journal.files().map_or(0, |files| files.disk_bytes());

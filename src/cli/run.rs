@@ -1,9 +1,11 @@
 //! `engage-relay run`: serves until a signal.
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
@@ -27,12 +29,19 @@ pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
     result.map(|()| ExitCode::SUCCESS)
 }
 
+/// As the standard library does it, but without listening.
+fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
 async fn serve(loaded: Loaded, sources: Sources, seen: Seen, logs: Logs) -> anyhow::Result<()> {
-    let bind = |address: SocketAddr, setting| {
-        TcpListener::bind(address).with_context(|| format!("can't listen on {address} ({setting})"))
-    };
-    let ingress = bind(loaded.config.ingress.listen, "ingress.listen")?;
-    let admin = bind(loaded.config.admin.listen, "admin.listen")?;
+    let (ingress, admin) = (loaded.config.ingress.listen, loaded.config.admin.listen);
+    let context = |address: SocketAddr, setting| move || format!("can't listen on {address} ({setting})");
+    let ingress = bind(ingress).with_context(context(ingress, "ingress.listen"))?;
+    let admin = TcpListener::bind(admin).with_context(context(admin, "admin.listen"))?;
     let listeners = Listeners { ingress, admin };
     let shutdown = watch::Sender::new(Shutdown::No);
     let asked = shutdown.subscribe();

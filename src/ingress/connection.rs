@@ -25,13 +25,11 @@ use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use super::Config;
-use super::handler::{Handler, REQUEST_TIMEOUT_RESPONSE};
+use super::handler::{Handler, MAX_HEADERS, REQUEST_TIMEOUT_RESPONSE};
 use crate::tls;
 
 /// The most bytes that a request's line and headers may take.
 const MAX_HEADER_BYTES: usize = 32 << 10;
-/// The most headers that a request may have.
-const MAX_HEADERS: usize = 64;
 /// The most requests that one HTTP/2 connection may have open.
 const MAX_STREAMS: u32 = 256;
 /// How long, and for how many bytes, a connection goes on after its last request was refused.
@@ -147,7 +145,7 @@ async fn serve_http1(
     limits: Limits,
     mut stop: watch::Receiver<bool>,
 ) -> hyper::Result<()> {
-    let activity = Arc::new(Activity::new(true));
+    let activity = Arc::new(Activity::new());
     let handler = Arc::clone(&answering.handler);
     let io = Watched { io: TokioIo::new(stream), activity: Arc::clone(&activity) };
     let mut connection = http1::Builder::new()
@@ -271,14 +269,14 @@ async fn serve_http2(
     limits: Limits,
     mut stop: watch::Receiver<bool>,
 ) -> hyper::Result<()> {
-    let activity = Arc::new(Activity::new(false));
-    let io = Watched { io: TokioIo::new(stream), activity: Arc::clone(&activity) };
+    // Only requests count: what else may come (pings, half of a request's headers) does not keep a connection open.
+    let activity = Arc::new(Activity::new());
     let mut connection = pin!(
         http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).unwrap_or(u32::MAX))
-            .serve_connection(io, service(answering, activity.clone()))
+            .serve_connection(TokioIo::new(stream), service(answering, activity.clone()))
     );
     let mut timer = pin!(sleep(limits.idle_timeout));
     let mut stopping = false;
@@ -311,7 +309,6 @@ struct Activity {
     reading: AtomicBool,
     /// How many requests are being answered.
     busy: AtomicU32,
-    is_http1: bool,
 }
 
 /// Whether a connection has taken too long, and for what.
@@ -322,13 +319,12 @@ enum Expired {
 }
 
 impl Activity {
-    fn new(is_http1: bool) -> Self {
+    fn new() -> Self {
         Self {
             started: Instant::now(),
             since: AtomicU64::new(0),
             reading: AtomicBool::new(false),
             busy: AtomicU32::new(0),
-            is_http1,
         }
     }
 
@@ -337,13 +333,11 @@ impl Activity {
         self.since.store(millis, Ordering::Relaxed);
     }
 
-    /// Bytes have come.
+    /// Bytes have come, over HTTP/1.1.
     fn read(&self) {
         let begins = self.busy.load(Ordering::Relaxed) == 0 && !self.reading.load(Ordering::Relaxed);
-        if begins || !self.is_http1 {
+        if begins {
             self.touch();
-        }
-        if begins && self.is_http1 {
             self.reading.store(true, Ordering::Relaxed);
         }
     }

@@ -32,6 +32,9 @@ pub(super) const REQUEST_TIMEOUT_RESPONSE: &[u8] = b"HTTP/1.1 408 Request Timeou
 /// After a refusal this many times `max_body` are still read and thrown away, so that the sender gets to read the answer.
 const DRAIN: u64 = 16;
 
+/// The most headers that a request may have.
+pub(super) const MAX_HEADERS: usize = 64;
+
 const TRACEPARENT: &str = "traceparent";
 
 /// How much of a path a span has: who sends nothing good must not fill the memory.
@@ -248,6 +251,10 @@ impl Handler {
     /// What can be said before the body is read; the name of the sender's token.
     fn check<'a>(&self, access: &'a Access, request: &Request<Incoming>, peer: IpAddr) -> Result<&'a str, Refusal> {
         let headers = request.headers();
+        // Over HTTP/1.1 hyper counts them.
+        if headers.len() > MAX_HEADERS {
+            return Err(Refusal::TooManyHeaders);
+        }
         if !access.allows(peer, headers) {
             return Err(Refusal::Forbidden);
         }
@@ -340,6 +347,7 @@ async fn read(body: &mut Incoming, max: u64) -> Result<Bytes, Refusal> {
 /// Why a request is not accepted.
 #[derive(Debug)]
 enum Refusal {
+    TooManyHeaders,
     Forbidden,
     NotFound,
     MethodNotAllowed,
@@ -369,6 +377,7 @@ impl From<AppendError> for Refusal {
 impl Refusal {
     fn status(&self) -> StatusCode {
         match self {
+            Self::TooManyHeaders => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::Forbidden => StatusCode::FORBIDDEN,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
@@ -389,6 +398,7 @@ impl Refusal {
     /// What happened and what to do about it.
     fn detail(&self, handler: &Handler) -> String {
         match self {
+            Self::TooManyHeaders => format!("a request may have at most {MAX_HEADERS} headers"),
             Self::Forbidden => "nothing is taken from this address; it has to be in ingress.allow".to_owned(),
             Self::NotFound => format!("webhooks are taken at {}", handler.path),
             Self::MethodNotAllowed => "use POST".to_owned(),
@@ -414,7 +424,10 @@ impl Refusal {
             Self::Journal(AppendError::Unconfirmed(_)) => {
                 "the event was not confirmed as stored in time, and may be stored or not; send it again".to_owned()
             }
-            Self::Journal(AppendError::Failed | AppendError::Closed) => {
+            Self::Journal(AppendError::Failed) => {
+                "the journal has failed; the event may be stored or not, send it again".to_owned()
+            }
+            Self::Journal(AppendError::Closed) => {
                 "the relay is going down; the event was not stored, send it again".to_owned()
             }
         }

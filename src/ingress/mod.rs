@@ -17,7 +17,7 @@ mod origin;
 mod signed;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener as StdListener, TcpStream as StdStream};
+use std::net::{IpAddr, SocketAddr, TcpStream as StdStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -45,8 +45,8 @@ use handler::Handler;
 
 /// How many accepted connections may wait for a core to take them.
 const HANDOVER: usize = 128;
-/// How many connections the kernel keeps until they are accepted; it may allow fewer.
-const BACKLOG: i32 = 4096;
+/// How many connections the kernel should keep until they are accepted; it may allow fewer.
+pub const BACKLOG: u32 = 4096;
 /// How long accepting pauses when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -219,17 +219,9 @@ impl Ingress {
     }
 
     /// Accepts connections until dropped. Runs for ever.
-    ///
-    /// # Errors
-    ///
-    /// The listener can't be used.
-    pub async fn accept(&self, listener: StdListener) -> io::Result<()> {
-        listener.set_nonblocking(true)?;
-        // The standard library asks for 128, which a balancer's burst of connections overflows.
-        rustix::net::listen(&listener, BACKLOG)?;
-        let listener = TcpListener::from_std(listener)?;
+    pub async fn accept(&self, listener: TcpListener) {
         loop {
-            let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return Ok(()) };
+            let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return };
             match listener.accept().await.and_then(|(stream, peer)| Ok((stream.into_std()?, peer.ip()))) {
                 Ok((stream, peer)) => self.hand_over(stream, peer, permit).await,
                 Err(error) => {

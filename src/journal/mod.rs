@@ -70,6 +70,8 @@ pub enum Health {
     Serving,
     /// Not until space is free again.
     Full(String),
+    /// Not until brokers take it again.
+    Away(String),
     /// Never again in this process: a write or sync failed.
     Failed(String),
 }
@@ -234,7 +236,7 @@ impl View {
     pub fn health(&self) -> Health {
         match self {
             Self::Disk(view) => view.health(),
-            Self::Kafka(_) => Health::Serving,
+            Self::Kafka(view) => view.reception().problem().map_or(Health::Serving, Health::Away),
         }
     }
 

@@ -81,30 +81,34 @@ impl Breaker {
     /// The sink said that it is gone: no use in trying others.
     pub(super) fn gone(&mut self, now: Instant) -> Change {
         let was_closed = self.is_closed();
-        self.state = State::Open { probe_at: now + self.config.probe };
+        self.state = self.open(now, Duration::ZERO);
         if was_closed { Change::Opened } else { Change::None }
     }
 
     /// A probe was begun, and nothing was there to be tried.
     pub(super) fn no_probe(&mut self, now: Instant) {
         if self.state == State::Probing {
-            self.state = State::Open { probe_at: now + self.config.probe };
+            self.state = self.open(now, Duration::ZERO);
         }
     }
 
-    /// An attempt failed.
-    pub(super) fn failed(&mut self, now: Instant) -> Change {
+    fn open(&self, now: Instant, asked: Duration) -> State {
+        State::Open { probe_at: now + self.config.probe.max(asked) }
+    }
+
+    /// An attempt failed; the sink has asked to be left alone for so long.
+    pub(super) fn failed(&mut self, now: Instant, asked: Duration) -> Change {
         match self.state {
             State::Closed { failures } if failures + 1 < self.config.failures => {
                 self.state = State::Closed { failures: failures + 1 };
                 Change::None
             }
             State::Closed { .. } => {
-                self.state = State::Open { probe_at: now + self.config.probe };
+                self.state = self.open(now, asked);
                 Change::Opened
             }
             State::Probing => {
-                self.state = State::Open { probe_at: now + self.config.probe };
+                self.state = self.open(now, asked);
                 Change::None
             }
             // One that was under way when the breaker opened.
@@ -121,20 +125,24 @@ mod tests {
     fn opens_probes_and_closes() {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
         let mut breaker = Breaker::new(BreakerConfig { failures: 3, probe: 10 * second });
-        assert_eq!([breaker.failed(start), breaker.failed(start)], [Change::None, Change::None]);
+        let asked = Duration::ZERO;
+        assert_eq!([breaker.failed(start, asked), breaker.failed(start, asked)], [Change::None, Change::None]);
         assert_eq!(breaker.succeeded(), Change::None);
-        assert_eq!([breaker.failed(start), breaker.failed(start)], [Change::None, Change::None]);
+        assert_eq!([breaker.failed(start, asked), breaker.failed(start, asked)], [Change::None, Change::None]);
         assert!(breaker.is_closed() && !breaker.begin_probe(start));
-        assert_eq!(breaker.failed(start), Change::Opened);
+        assert_eq!(breaker.failed(start, asked), Change::Opened);
         assert!(!breaker.is_closed());
-        assert_eq!(breaker.failed(start + second), Change::None, "late failures do not put the probe off");
+        assert_eq!(breaker.failed(start + second, asked), Change::None, "late failures do not put the probe off");
         assert_eq!(breaker.probe_at(), Some(start + 10 * second));
         assert!(!breaker.begin_probe(start + 9 * second));
         assert!(breaker.begin_probe(start + 10 * second) && breaker.is_probing());
         assert!(!breaker.begin_probe(start + 99 * second), "one at a time");
-        assert_eq!(breaker.failed(start + 12 * second), Change::None);
+        assert_eq!(breaker.failed(start + 12 * second, asked), Change::None);
         assert_eq!(breaker.probe_at(), Some(start + 22 * second));
         assert!(breaker.begin_probe(start + 22 * second));
+        assert_eq!(breaker.failed(start + 22 * second, 30 * second), Change::None);
+        assert_eq!(breaker.probe_at(), Some(start + 52 * second), "not before the sink wants it");
+        assert!(breaker.begin_probe(start + 52 * second));
         assert_eq!(breaker.succeeded(), Change::Closed);
         assert!(breaker.is_closed() && breaker.is_untroubled());
         assert_eq!([breaker.gone(start), breaker.gone(start + second)], [Change::Opened, Change::None]);

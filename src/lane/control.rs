@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::config::{Config, OrderBy};
 use super::delivery::{self, Delivery};
 use super::metrics::{Meters, Metrics};
+use super::source::Found;
 use super::{Course, Lane};
 use crate::event::{Event, EventId};
 use crate::journal::Position;
@@ -324,7 +325,11 @@ impl Lane {
     }
 
     fn status(&mut self) -> Status {
-        let oldest = self.window.oldest();
+        let waiting = self.unadmitted.front().and_then(|(_, found)| match found {
+            Found::Event { event, .. } => Some(ledger::millis(event.received_at())),
+            Found::Unreadable { .. } => None,
+        });
+        let oldest = self.window.oldest().or(waiting);
         let lag = oldest.map_or(0, |since| ledger::now().saturating_sub(since));
         Status {
             paused: self.kept.paused,

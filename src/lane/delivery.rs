@@ -23,6 +23,8 @@ pub(super) struct Delivery {
     pub(super) first_failed_at: Option<Millis>,
     /// What its age counts from.
     pub(super) since: Millis,
+    /// When its next attempt is due, if it is in memory before that, to probe with. Such an attempt does not count.
+    pub(super) due_at: Option<Millis>,
 }
 
 /// Where a delivery is kept until it is settled.
@@ -41,7 +43,7 @@ impl Delivery {
 
     /// Counts a failed attempt.
     pub(super) fn failed(&mut self, now: Millis) {
-        self.failures = self.failures.saturating_add(1);
+        self.failures = self.failures.saturating_add(u32::from(self.due_at.is_none()));
         self.first_failed_at.get_or_insert(now);
     }
 

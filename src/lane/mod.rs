@@ -10,7 +10,7 @@
 //!   end. A crash repeats at most what was settled since the last write; a clean stop repeats nothing.
 //! - Memory does not depend on the backlog: what was read and is not settled is bounded in number and bytes, and so is
 //!   what was fetched from the parked. Of a parked delivery only its key is kept in memory, `max_parked` of them at most
-//!   and what was under way then.
+//!   and what was replayed.
 //! - A delivery that succeeds at once costs the ledger nothing: only the cursor is written, for many at a time.
 //!
 //! `order`, `window` and `parking` keep the books; `retry`, `breaker` and `rate` decide; `outcome` carries that out;
@@ -127,6 +127,10 @@ pub struct Lane {
     config: Config,
     order: Order<Delivery>,
     window: Window,
+    /// Read, and waiting for room.
+    unadmitted: VecDeque<(Position, Found)>,
+    /// Everything before this has been read.
+    read_to: Position,
     parking: Parking,
     /// May go as soon as there is a place.
     ready: VecDeque<Delivery>,
@@ -137,6 +141,8 @@ pub struct Lane {
     /// How many were parked since then.
     failing_parked: usize,
     limit: Option<Limit>,
+    /// The longest time that the sink has asked to be left alone for.
+    asked: Duration,
     /// The rate allows the next attempt then.
     limited_until: Option<Instant>,
     /// What outlives the lane when its sink's settings change.
@@ -187,6 +193,8 @@ impl Lane {
             account,
             order,
             window: Window::resume(at, ahead),
+            unadmitted: VecDeque::new(),
+            read_to: at,
             parking,
             ready: VecDeque::new(),
             under_way: FuturesUnordered::new(),
@@ -194,6 +202,7 @@ impl Lane {
             failing_since: None,
             failing_parked: 0,
             limit: config.rate.map(Limit::new),
+            asked: Duration::ZERO,
             limited_until: None,
             kept,
             hold: Hold::No,
@@ -222,6 +231,7 @@ impl Lane {
                 Phase::Ending => break,
             };
             if running {
+                self.admit();
                 self.begin_attempts(now, &mut storing);
             } else if self.under_way.is_empty() {
                 break;
@@ -240,7 +250,7 @@ impl Lane {
                     self.stored(stored);
                 }
                 _ = ticks.tick(), if storing.is_none() && self.has_to_settle() => self.settle_due = true,
-                batch = self.source.next(), if self.hold.may_read(running && self.wants_more()) => self.admit(batch),
+                batch = self.source.next(), if self.hold.may_read(running && self.wants_more()) => self.take(batch),
                 Some(ended) = self.under_way.next() => self.finish(ended),
                 () = sleep_until(wake.unwrap_or(now).into()), if wake.is_some() => {}
             }
@@ -323,7 +333,10 @@ impl Lane {
         self.failing_parked.min(self.parking.total()) < MAX_FAILED_PROBES
     }
 
-    fn attempt(&mut self, delivery: Delivery) {
+    fn attempt(&mut self, mut delivery: Delivery) {
+        if self.breaker.is_closed() {
+            delivery.due_at = None;
+        }
         let sink = self.sink.clone();
         self.under_way.push(Box::pin(async move {
             let begun = Instant::now();
@@ -356,14 +369,19 @@ impl Lane {
             }
         };
         wanted
+            && self.unadmitted.is_empty()
             && self.window.len() < MAX_WINDOW
             && self.window.bytes() < self.config.window_bytes
             && self.changes.len() < MAX_CHANGES
-            && self.parking.total() < self.config.max_parked
+    }
+
+    /// Whether one more could be parked.
+    fn has_room(&self) -> bool {
+        self.parking.total() + self.window.unsettled() < self.config.max_parked
     }
 
     /// Takes what was read from the journal.
-    fn admit(&mut self, batch: Result<Batch, ReadError>) {
+    fn take(&mut self, batch: Result<Batch, ReadError>) {
         let batch = match batch {
             Ok(batch) => batch,
             Err(error) => {
@@ -372,7 +390,17 @@ impl Lane {
                 return;
             }
         };
-        for (position, found) in batch.found {
+        self.unadmitted.extend(batch.found);
+        self.read_to = batch.read_to;
+        self.admit();
+    }
+
+    /// Begins to deliver what was read, as far as all of it could be parked.
+    fn admit(&mut self) {
+        while self.has_room()
+            && let Some((position, found)) = self.unadmitted.pop_front()
+        {
+            self.window.read_to(position);
             if self.window.was_settled(position) {
                 continue;
             }
@@ -385,7 +413,9 @@ impl Lane {
                 }
             }
         }
-        self.window.read_to(batch.read_to);
+        if self.unadmitted.is_empty() {
+            self.window.read_to(self.read_to);
+        }
     }
 
     fn admit_event(&mut self, position: Position, event: Event, route: Route) {
@@ -394,7 +424,8 @@ impl Lane {
         let ticket = self.window.push(position, event.size(), since);
         let key = self.config.order_by.value(&event).map(|value| self.order.key(value));
         let place = Place::Window(ticket);
-        let delivery = Delivery { event, route, position, place, key, failures: 0, first_failed_at: None, since };
+        let delivery =
+            Delivery { event, route, position, place, key, failures: 0, first_failed_at: None, since, due_at: None };
         if self.parking.holds(key) {
             self.put_behind(&delivery);
         } else {
@@ -429,6 +460,7 @@ impl Lane {
             failures: row.attempts,
             first_failed_at: row.first_failed_at,
             since: row.since,
+            due_at: row.due_at,
         };
         self.ready.extend(self.order.admit(key, delivery));
     }

@@ -33,7 +33,10 @@ impl Lane {
                         self.kept.meters.attempt_retry.inc();
                         self.warn_failed(now, &delivery, &error);
                         self.retry(delivery, time, &error, after);
-                        if error.is_of_event() { self.breaker.succeeded() } else { self.breaker.failed(now) }
+                        match error.is_of_event() {
+                            true => self.breaker.succeeded(),
+                            false => self.breaker.failed(now, after.unwrap_or_default()),
+                        }
                     }
                     Verdict::Gone => {
                         self.kept.meters.attempt_gone.inc();
@@ -76,14 +79,21 @@ impl Lane {
 
     /// Parks a delivery until its next attempt, and those of its key with it; or buries it if there is none.
     fn retry(&mut self, delivery: Delivery, now: Millis, error: &DeliveryError, asked: Option<Duration>) {
-        let next = self.config.retry.next(delivery.failures, delivery.age(now), rand::random(), asked);
-        let wait = match next {
-            Next::After(wait) => Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX),
-            Next::Exhausted => return self.bury(&delivery, Reason::Exhausted, error),
-            Next::Expired => return self.bury(&delivery, Reason::Expired, error),
+        self.asked = self.asked.max(asked.unwrap_or_default());
+        let after = |wait: Duration| now.saturating_add(Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX));
+        let due_at = match (delivery.due_at, delivery.place) {
+            (Some(due_at), Place::Parked(id)) => {
+                self.parking.probed(id);
+                due_at.max(after(asked.unwrap_or_default()))
+            }
+            _ => match self.config.retry.next(delivery.failures, delivery.age(now), rand::random(), asked) {
+                Next::After(wait) => after(wait),
+                Next::Exhausted => return self.bury(&delivery, Reason::Exhausted, error),
+                Next::Expired => return self.bury(&delivery, Reason::Expired, error),
+            },
         };
         self.failing_since.get_or_insert(now);
-        self.changes.push(delivery.postponed(self.config.order_by, now.saturating_add(wait), error));
+        self.changes.push(delivery.postponed(self.config.order_by, due_at, error));
         self.unwritten = true;
         self.leave_window(&delivery);
         for follower in self.order.take(delivery.key) {

@@ -15,12 +15,14 @@ pub(super) struct Parking {
     total: usize,
     /// Rows that are in memory. They stay until what became of them is written.
     loaded: HashSet<i64>,
+    /// Rows that were probed with before they were due: others have their turn first.
+    probed: HashSet<i64>,
     look_at: Instant,
 }
 
 impl Parking {
     pub(super) fn new(now: Instant) -> Self {
-        Self { keys: HashMap::new(), total: 0, loaded: HashSet::new(), look_at: now }
+        Self { keys: HashMap::new(), total: 0, loaded: HashSet::new(), probed: HashSet::new(), look_at: now }
     }
 
     /// So many more are parked.
@@ -53,9 +55,19 @@ impl Parking {
         self.total
     }
 
-    /// Rows that need not be fetched.
-    pub(super) fn loaded(&self) -> &HashSet<i64> {
-        &self.loaded
+    /// Rows that need not be fetched; or not to probe with.
+    pub(super) fn except(&self, probe: bool) -> HashSet<i64> {
+        if probe { &self.loaded | &self.probed } else { self.loaded.clone() }
+    }
+
+    /// The row was probed with before it was due.
+    pub(super) fn probed(&mut self, id: i64) {
+        self.probed.insert(id);
+    }
+
+    /// Whether some had their turn, which all have again from now on.
+    pub(super) fn probe_anew(&mut self) -> bool {
+        !std::mem::take(&mut self.probed).is_empty()
     }
 
     /// Notes a fetched row; whether it was not in memory yet.
@@ -131,7 +143,11 @@ mod tests {
         assert_eq!(parking.look_at(), Some(now + LOOK_INTERVAL));
         let later = now + Duration::from_secs(1);
         parking.written(&[Change::Unpark { id: 7 }], later);
-        assert_eq!((parking.loaded().len(), parking.look_at()), (1, Some(later)), "another of its key may be due now");
+        assert_eq!(
+            (parking.except(false).len(), parking.look_at()),
+            (1, Some(later)),
+            "another of its key may be due now"
+        );
         parking.found_none();
         assert_eq!(parking.total(), 2, "one is in memory");
         parking.unload(8);

@@ -14,6 +14,7 @@ pub(super) struct Window {
     first: Ticket,
     read_to: Position,
     bytes: usize,
+    unsettled: usize,
     /// What a former process has settled after its cursor, as far as it is not read yet.
     settled_before: VecDeque<Position>,
 }
@@ -28,7 +29,7 @@ struct Entry {
 impl Window {
     /// An empty window at a position; what is `ahead` of it is settled.
     pub(super) fn resume(at: Position, ahead: Vec<Position>) -> Self {
-        Self { entries: VecDeque::new(), first: 0, read_to: at, bytes: 0, settled_before: ahead.into() }
+        Self { entries: VecDeque::new(), first: 0, read_to: at, bytes: 0, unsettled: 0, settled_before: ahead.into() }
     }
 
     /// Whether a former process has settled the delivery that was read from there. Positions come in order.
@@ -50,6 +51,7 @@ impl Window {
         let ticket = self.first + self.entries.len() as u64;
         self.entries.push_back(Entry { position, bytes, since, settled: false });
         self.bytes += bytes;
+        self.unsettled += 1;
         ticket
     }
 
@@ -62,6 +64,7 @@ impl Window {
     pub(super) fn settle(&mut self, ticket: Ticket) {
         let index = ticket.checked_sub(self.first).and_then(|index| usize::try_from(index).ok());
         if let Some(entry) = index.and_then(|index| self.entries.get_mut(index)) {
+            self.unsettled -= usize::from(!entry.settled);
             entry.settled = true;
             self.bytes -= std::mem::take(&mut entry.bytes);
         }
@@ -94,6 +97,11 @@ impl Window {
         self.entries.len()
     }
 
+    /// How many of them are not settled.
+    pub(super) fn unsettled(&self) -> usize {
+        self.unsettled
+    }
+
     /// How many bytes the deliveries take that are not settled.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
@@ -118,7 +126,7 @@ mod tests {
             window.settle(tickets[ticket]);
             let ahead: Vec<_> = ahead.iter().copied().map(at).collect();
             assert_eq!((window.cursor(), window.ahead(), window.bytes()), (at(cursor), ahead, bytes));
-            assert_eq!(window.oldest(), oldest);
+            assert_eq!((window.oldest(), window.unsettled()), (oldest, bytes / 5));
         };
         check(1, 12, &[13], 10, Some(12));
         check(1, 12, &[13], 10, Some(12));

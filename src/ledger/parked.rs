@@ -48,6 +48,8 @@ pub struct ParkedRow {
     pub attempts: u32,
     pub since: Millis,
     pub first_failed_at: Option<Millis>,
+    /// Only where that is later than now.
+    pub due_at: Option<Millis>,
     pub record: Bytes,
 }
 
@@ -69,7 +71,8 @@ pub(super) fn due(connection: &Connection, lane: &str, wanted: &Wanted) -> rusql
             break;
         }
         let first = due.rows.len();
-        let head = read(row)?;
+        let mut head = read(row)?;
+        head.due_at = Some(due_at).filter(|at| (wanted.now + 1..=wanted.horizon).contains(at));
         let key = head.key.clone();
         let id = head.id;
         due.rows.push(head);
@@ -140,6 +143,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<ParkedRow> {
         attempts: row.get(4)?,
         since: row.get(5)?,
         first_failed_at: row.get(6)?,
+        due_at: None,
         record: Bytes::from(row.get::<_, Vec<u8>>(7)?),
     })
 }

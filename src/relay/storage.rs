@@ -117,7 +117,7 @@ impl Opened {
             appender: journal.appender(),
         };
         let view = View::Kafka(journal.view());
-        let board = kafka::Board::open(&config).await?;
+        let board = kafka::Board::open(&config, journal.reception().clone()).await?;
         let cluster = Cluster::start(rules, journal, board.clone(), metrics.lanes.clone(), traces.cloned())?;
         Ok(Self {
             carriers: Carriers::Kafka(Box::new(cluster)),
@@ -250,7 +250,10 @@ fn report(finding: &Finding) {
         (Found::Segment, None) => {
             error!(kind = kind_name, %file, bytes, "a journal file was not readable; it is in quarantine")
         }
-        (Found::TornTail | Found::Header | Found::Damaged | Found::Missing, None) => {
+        (Found::TornTail, None) => {
+            warn!(kind = kind_name, %file, offset, bytes, "the journal's end was cut off: what was being written when the relay was stopped had not been acknowledged, unless the disk has lost what it had synced");
+        }
+        (Found::Header | Found::Damaged | Found::Missing, None) => {
             warn!(kind = kind_name, %file, offset, bytes, "the journal was repaired; nothing that was acknowledged is lost");
         }
     }

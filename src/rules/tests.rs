@@ -1,6 +1,8 @@
 use std::io::{Error, ErrorKind, Result as IoResult};
 use std::time::{Duration, SystemTime};
 
+use tempfile::TempDir;
+
 use super::*;
 use crate::event::{self, Event};
 use crate::lane::{BreakerConfig, OrderBy, Rate, Retry, StartAt, Waits};
@@ -25,9 +27,17 @@ impl Lookup for Sample {
 
 const SHIPPED: &str = include_str!("../../routes.toml");
 
-/// The shipped file with its examples in use: every line that begins with `#:` without that.
-fn uncommented() -> String {
-    SHIPPED.lines().map(|line| line.strip_prefix("#:").unwrap_or(line).to_owned() + "\n").collect()
+/// The shipped file with its examples in use: every line that begins with `#:` without that. The files that they name are
+/// in the folder.
+fn uncommented() -> (String, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(["relay".to_owned()]).unwrap();
+    for (name, pem) in [("ca.pem", cert.pem()), ("client.pem", cert.pem()), ("client.key", signing_key.serialize_pem())]
+    {
+        std::fs::write(dir.path().join(name), pem).unwrap();
+    }
+    let lines = SHIPPED.lines().map(|line| line.strip_prefix("#:").unwrap_or(line).to_owned() + "\n");
+    (lines.collect::<String>().replace("/etc/relay", &dir.path().to_string_lossy()), dir)
 }
 
 fn compile(source: &str) -> Result<(Rules, Vec<Problem>), Vec<String>> {
@@ -63,7 +73,8 @@ fn the_shipped_file_works_as_it_is() {
 
 #[test]
 fn the_shipped_files_examples_work() {
-    let (rules, problems) = compile(&uncommented()).unwrap();
+    let (shipped, _dir) = uncommented();
+    let (rules, problems) = compile(&shipped).unwrap();
     assert_eq!(problems, [], "not even a warning");
     let types: Vec<_> = rules.sinks.iter().map(|sink| (sink.name.as_str(), sink.sink.type_name())).collect();
     let expected = [
@@ -86,10 +97,40 @@ fn the_shipped_files_examples_work() {
     assert!(!rules.table.keeps_unrouted());
 }
 
+/// What only building a sink shows is told like all else: with its place.
+#[test]
+fn files_and_options_that_do_not_work_are_problems() {
+    let check = |sink: &str, expected: &str| {
+        let problems = compile(&format!("[sinks.a]\n{sink}[[routes]]\nto = ['a']\n")).map(drop).unwrap_err();
+        assert!(problems.len() == 1 && problems[0].contains(expected), "{problems:?}\n should have {expected}");
+    };
+    let (shipped, dir) = uncommented();
+    let (file, pem) = (|name: &str| dir.path().join(name).display().to_string(), "type = 'http'\nurl = 'https://h/'\n");
+    std::fs::write(file("junk.pem"), "junk").unwrap();
+    std::fs::write(file("other.key"), rcgen::KeyPair::generate().unwrap().serialize_pem()).unwrap();
+    check(&format!("{pem}tls = {{ ca = '/none' }}\n"), "r:4:7: cannot read /none: No such file");
+    check(&format!("{pem}tls = {{ ca = '{}' }}\n", file("junk.pem")), "holds no PEM certificate");
+    let pair = format!("{pem}tls = {{ cert = '{}', key = '{}' }}\n", file("client.pem"), file("other.key"));
+    check(&pair, "r:4:7: cannot build the client: ");
+    let rabbit = "type = 'rabbitmq'\nurls = ['amqps://h']\nrouting_key = 'k'\n";
+    check(&format!("{rabbit}tls = {{ ca = '/none' }}\n"), "r:5:7: cannot read /none: No such file");
+    let kafka = "type = 'kafka'\nbrokers = ['h']\ntopic = 't'\noptions = ";
+    check(
+        &format!("{kafka}{{ \"sasl.mechanisms\" = 'NOPE', security.protocol = 'sasl_plaintext' }}\n"),
+        "r:5:11: cannot build",
+    );
+    let unknown = compile(&format!("[sinks.a]\n{kafka}{{ foo = 1, bar = 2, acks = 1 }}\n[[routes]]\nto = ['a']\n"))
+        .map(drop)
+        .unwrap_err();
+    assert_eq!(unknown.len(), 3, "each of them: {unknown:?}");
+    assert!(routes_of("r", &shipped.replace("ca.pem", "none.pem"), &Sample).is_ok(), "they run elsewhere");
+}
+
 /// The example of all of `delivery` shows the defaults, as it says.
 #[test]
 fn the_shipped_files_defaults_are_the_defaults() {
-    let (rules, _) = compile(&uncommented()).unwrap();
+    let (shipped, _dir) = uncommented();
+    let (rules, _) = compile(&shipped).unwrap();
     let archive = rules.sinks.iter().find(|sink| sink.name == "archive").unwrap();
     assert_eq!(archive.lane, lane::Config::new(archive.sink.default_concurrency()));
     let wide = rules.sinks.iter().filter(|sink| matches!(sink.sink.type_name(), "kafka" | "rabbitmq"));
@@ -98,7 +139,8 @@ fn the_shipped_files_defaults_are_the_defaults() {
 
 #[test]
 fn examples_hide_what_is_secret() {
-    let (rules, _) = compile(&uncommented()).unwrap();
+    let (shipped, _dir) = uncommented();
+    let (rules, _) = compile(&shipped).unwrap();
     let shown = format!("{:?}", rules.sinks.iter().map(|sink| &sink.sink).collect::<Vec<_>>());
     // Options of librdkafka are kept as they are given to it, and are never printed.
     assert!(!shown.contains("s3cret-token"), "{shown}");
@@ -219,7 +261,7 @@ fn a_file_that_is_not_there_is_named() {
 fn sinks_are_not_judged_by_what_is_not_known() {
     let own = "[sinks.all]\ntype = '${TYPE}'\n[sinks.ops]\ntype = 'rabbitmq'\nrouting_key = 'k'\nurls = ['${URL}']\ntls = { ca = '${CA}' }\n\
         [[routes]]\nto = ['all', 'ops']\n";
-    for source in [&uncommented(), own] {
+    for source in [&uncommented().0, own] {
         assert_eq!(routes_of("r", source, &Unresolved).map(|(_, problems)| problems).unwrap(), []);
     }
     let wrong = own.replace("tls", "tsl") + "[[routes]]\nto = ['${SINK}']\n";

@@ -97,6 +97,21 @@ impl Config {
         }
     }
 
+    /// Looks into those files, and at what only the client library can tell; without connecting.
+    ///
+    /// # Errors
+    ///
+    /// The key that is to blame, and what [`Sink::build`] would say.
+    pub fn check(&self) -> Result<(), (&'static str, BuildError)> {
+        install_crypto_provider();
+        match self {
+            Self::Http(config) => config.check().map_err(|error| ("tls", error)),
+            Self::Kafka(config) => config.check().map_err(|error| ("options", error)),
+            Self::RabbitMq(config) => config.check().map_err(|error| ("tls", error)),
+            Self::Stdout(_) => Ok(()),
+        }
+    }
+
     /// What an attempt made now by the sink `name` would send, with secrets as their `${…}` references.
     ///
     /// # Errors
@@ -230,6 +245,9 @@ pub struct DeliveryError {
     /// For people. Without secrets, bodies and values of the event.
     pub text: String,
 }
+
+/// The longest time that the other side may ask to be left alone for.
+const MAX_ASKED: Duration = Duration::from_secs(24 * 3600);
 
 /// What is to become of a delivery whose attempt failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use http::Request;
+use http_body_util::Full;
 use rdkafka::Message as _;
 use rustix::process::Signal;
 
@@ -336,6 +338,11 @@ async fn until_accepted(relay: &Relay, first: u32) -> Vec<String> {
     within("an event to be accepted", accepted).await
 }
 
+async fn ready(relay: &Relay) -> u16 {
+    let request = Request::get("/readyz").header("host", "relay").body(Full::default()).expect("a request");
+    relay.ask(request).await.status
+}
+
 /// With two of three brokers away nothing is accepted, and with them back it is, by itself.
 async fn too_few_in_sync_replicas(kafka: &OwnBroker) {
     const AWAY: [usize; 2] = [2, 3];
@@ -358,12 +365,14 @@ async fn too_few_in_sync_replicas(kafka: &OwnBroker) {
         }
     }
     assert!(longest < REFUSED_WITHIN, "a refusal took {longest:?}");
+    eventually("the relay to be unready", async || ready(&relay).await == 503).await;
     for node in AWAY {
         kafka.start_node_again(node).await;
     }
     let back = Instant::now();
     accepted.extend(until_accepted(&relay, 10_000).await);
     eprintln!("too few brokers: refused within {longest:.1?}; accepted again after {:.1?}", back.elapsed());
+    eventually("the relay to be ready", async || ready(&relay).await == 200).await;
     kafka.in_sync().await;
     accepted.extend(until_accepted(&relay, 20_000).await);
     inbox.wait_for_ids("HTTP", accepted).await;

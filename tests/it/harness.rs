@@ -92,7 +92,7 @@ impl Setup {
         path
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let program = env!("CARGO_BIN_EXE_engage-relay");
         let mut line = self.wrapper.iter().map(String::as_str).chain([program]).chain(arguments.iter().copied());
         let mut command = Command::new(line.next().unwrap());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{Method, Request};
+use http::{HeaderName, HeaderValue, Method, Request};
 use http_body_util::Full;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -277,6 +277,32 @@ async fn an_idle_connection_is_closed() {
     assert!(started.elapsed() >= SHORT, "after {:?}", started.elapsed());
 }
 
+/// Pings, and headers that never end, are no requests.
+#[tokio::test]
+async fn an_http2_connection_without_requests_is_closed() {
+    const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
+    const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\0engaged?";
+    /// The first header of stream 1, `:method: POST`, with more to come.
+    const HEADERS: &[u8] = b"\0\0\x01\x01\0\0\0\0\x01\x83";
+    async fn check(relay: &Relay, begin: &[u8], more: &[u8]) {
+        let mut raw = Raw::connect(relay.address()).await;
+        raw.write([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", SETTINGS, begin].concat()).await;
+        let chatter = async {
+            loop {
+                tokio::select! {
+                    _ = raw.closed() => return,
+                    () = tokio::time::sleep(SHORT / 8) => {}
+                }
+                // The relay may close while this is sent.
+                drop(raw.try_write(more).await);
+            }
+        };
+        within("the relay to close", chatter).await;
+    }
+    let relay = impatient().start().await;
+    tokio::join!(check(&relay, b"", PING), check(&relay, HEADERS, b""));
+}
+
 #[tokio::test]
 async fn half_requests_hold_only_their_own_connection() {
     let relay = relay().await;
@@ -374,6 +400,16 @@ async fn headers_at_the_limits() {
         let mut large = webhook("{}");
         large.headers_mut().insert("x", "y".repeat(len).parse().unwrap());
         assert_eq!(client.send(large).await.status, expected, "{len} bytes on HTTP/2");
+    }
+    for (count, expected) in [(64, 200), (65, 431)] {
+        let mut many = webhook("{}");
+        let headers = many.headers_mut();
+        // The client adds the content's length, and leaves the host out.
+        for number in headers.len()..count {
+            headers.insert(HeaderName::try_from(format!("x-{number}")).unwrap(), HeaderValue::from_static("y"));
+        }
+        let answer = client.send(many).await;
+        assert_eq!(answer.status, expected, "{count} headers on HTTP/2: {answer:?}");
     }
 }
 

@@ -30,7 +30,7 @@ async fn failing() -> (Setup, Receiver, crate::brokers::Inbox) {
     let breaker = "breaker = { failures = 1000, probe = \"1s\" }";
     let rules = sink("rejects", "/rejects", "")
         + &sink("exhausts", "/fails", &format!("max_attempts = 3, schedule = [\"50ms\"], {breaker}"))
-        + &sink("expires", "/fails", &format!("max_age = \"1s\", schedule = [\"300ms\"], {breaker}"))
+        + &sink("expires", "/fails", &format!("max_age = \"3s\", schedule = [\"500ms\"], {breaker}"))
         + &sink("good", "/good", "")
         + "[[routes]]\nname = \"bad\"\nwhen = { status = \"error\" }\nto = [\"rejects\", \"exhausts\", \"expires\"]\n"
         + "[[routes]]\nname = \"good\"\nwhen = { status = \"read\" }\nto = [\"good\"]\n";

@@ -1,12 +1,17 @@
 //! Operating relays that share a journal on Kafka: whatever is asked of one of them is asked of all.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use http::Request;
+use http_body_util::Full;
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 
+use crate::balancer::unused_addresses;
 use crate::brokers::{create_topic, set_topic, shared_kafka, unique};
-use crate::harness::{Receiver, Relay, Reply, Setup, event, eventually};
+use crate::harness::{Client, Receiver, Relay, Reply, Setup, event, eventually};
 
 /// The settings of relays that share a journal on the tests' one broker.
 fn settings(prefix: &str, more: &str) -> String {
@@ -58,6 +63,28 @@ async fn stop(relays: [Relay; 2]) {
     }
 }
 
+/// Probes can tell it from one that hangs, and senders are not kept waiting.
+#[tokio::test]
+async fn a_relay_that_waits_for_brokers_is_alive_and_not_ready() {
+    let [ingress, admin, nobody] = unused_addresses();
+    let setup = Setup::new(include_str!("../../routes.toml"))
+        .env("RELAY_INGRESS__LISTEN", ingress.to_string())
+        .env("RELAY_ADMIN__LISTEN", admin.to_string())
+        .env("RELAY_JOURNAL__KIND", "kafka")
+        .env("RELAY_JOURNAL__BROKERS", format!("[\"{nobody}\"]"));
+    let _relay = setup.command(&[]).spawn().expect("it starts");
+    let probe = async |path: &str| {
+        let request = Request::get(path).header("host", "relay").body(Full::default()).expect("a request");
+        Client::try_http1(admin).await?.try_send(request).await.ok().map(|answer| answer.status)
+    };
+    eventually("the admin side", async || probe("/healthz").await == Some(200)).await;
+    for path in ["/readyz", "/metrics", "/api/v1/status"] {
+        assert_eq!(probe(path).await, Some(503), "{path}");
+    }
+    let refused = TcpStream::connect(ingress).await.expect_err("nobody listens");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+}
+
 #[tokio::test]
 async fn a_sink_is_paused_and_resumed_on_all() {
     let receiver = Receiver::accepting().await;
@@ -78,8 +105,8 @@ async fn a_sink_is_paused_and_resumed_on_all() {
     assert_eq!((&drained["drained"], &drained["sinks"][0]["paused"]), (&json!(false), &json!(true)));
     relays[1].operate("/api/v1/sinks/http/resume", &Value::Null).await;
     receiver.wait_for(20).await;
-    let drained = relays[0].operate("/api/v1/drain?wait=60", &Value::Null).await;
-    assert_eq!(drained["drained"], true, "{drained}");
+    let drained = relays[0].command(&["drain", "--timeout", "60s"]).await;
+    assert_eq!(drained.code, Some(0), "{drained:?}");
     assert_eq!(receiver.received().len(), 20);
     stop(relays).await;
 }

@@ -2,7 +2,7 @@
 
 use prometheus::{Error, Histogram, HistogramOpts, IntCounterVec, Opts, Registry};
 
-use super::recovery::Finding;
+use super::recovery::{Finding, Kind};
 
 /// Upper bounds in seconds, and in events.
 const SYNC_SECONDS: [f64; 12] = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5];
@@ -30,6 +30,9 @@ impl Metrics {
         let help = "What opening the journal found and mended, by its kind.";
         let recovered = IntCounterVec::new(Opts::new("relay_journal_recovered_total", help), &["kind"])?;
         registry.register(Box::new(recovered.clone()))?;
+        for kind in Kind::ALL {
+            recovered.with_label_values(&[kind.as_str()]);
+        }
         Ok(Self {
             sync_seconds: histogram(
                 "relay_journal_sync_seconds",

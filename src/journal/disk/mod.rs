@@ -325,7 +325,7 @@ impl Shared {
             if changed {
                 match &new {
                     Health::Full(reason) => tracing::error!(%reason, "journal full; nothing is accepted until lanes catch up or space is freed"),
-                    Health::Serving | Health::Failed(_) => tracing::info!("journal has room again"),
+                    Health::Serving | Health::Away(_) | Health::Failed(_) => tracing::info!("journal has room again"),
                 }
                 self.is_serving.store(new == Health::Serving, Ordering::Relaxed);
                 *health = new;

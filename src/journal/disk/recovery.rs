@@ -85,6 +85,10 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All that there are.
+    pub const ALL: [Self; 6] =
+        [Self::TornTail, Self::Damaged, Self::Missing, Self::Header, Self::Segment, Self::Foreign];
+
     /// The kind's name in metrics and reports.
     pub fn as_str(self) -> &'static str {
         match self {

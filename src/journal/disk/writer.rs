@@ -103,7 +103,7 @@ impl Appender {
     pub fn append(&self, fill: impl FnOnce(&mut Entries<'_>)) -> Result<Append, AppendError> {
         if !self.shared.is_serving.load(Ordering::Relaxed) {
             match &*self.shared.health.borrow() {
-                Health::Serving => {}
+                Health::Serving | Health::Away(_) => {}
                 Health::Full(reason) => return Err(AppendError::Full(reason.as_str().into())),
                 Health::Failed(_) => return Err(AppendError::Failed),
             }
@@ -347,7 +347,10 @@ impl Writer {
         }
         let result = match stopped {
             None => self.sync().map(|()| None),
-            Some(CommitError::Full(reason)) => self.sync().map(|()| Some(AppendError::Full(reason))),
+            Some(CommitError::Full(reason)) => {
+                self.shared.set_full(Some(reason.to_string()));
+                self.sync().map(|()| Some(AppendError::Full(reason)))
+            }
             Some(CommitError::Io(error)) => Err(error),
         };
         result.map_or_else(

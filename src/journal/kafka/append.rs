@@ -11,7 +11,7 @@ use futures_util::future::{BoxFuture, try_join_all};
 use rdkafka::error::RDKafkaErrorCode as Code;
 
 use super::topics::{self, Topics};
-use super::{Address, Addressing, Aside, Config, Ends, OpenError, REPLAYED, ReadError, Scan, scan};
+use super::{Address, Addressing, Aside, Config, Ends, OpenError, REPLAYED, ReadError, Reception, Scan, scan};
 use crate::journal::{AppendError, Position, Start};
 use crate::kafka::{Log, Producer, Record, SendError, Sent};
 
@@ -23,16 +23,22 @@ const HEADER_OVERHEAD: usize = 10;
 /// A journal that is ready to be written to.
 pub struct Journal {
     config: Config,
-    producer: Arc<Producer>,
+    writing: Arc<Writing>,
     addressing: Arc<ArcSwap<Box<dyn Addressing>>>,
     ends: Ends,
+}
+
+/// The producer, and what comes of it.
+struct Writing {
+    producer: Producer,
+    reception: Reception,
 }
 
 /// A way into the journal. Clones share it.
 #[derive(Clone)]
 pub struct Appender {
     topic: Arc<str>,
-    producer: Arc<Producer>,
+    writing: Arc<Writing>,
     addressing: Arc<ArcSwap<Box<dyn Addressing>>>,
     /// In bytes.
     max_entry: u64,
@@ -66,6 +72,11 @@ impl View {
     pub fn ends(&self) -> &Ends {
         &self.ends
     }
+
+    /// Whether brokers take what is written.
+    pub fn reception(&self) -> &Reception {
+        &self.appender.writing.reception
+    }
 }
 
 /// An append on its way to the brokers.
@@ -73,7 +84,7 @@ pub struct Append(OnItsWay);
 
 enum OnItsWay {
     /// Most are of one record, and need no memory of their own.
-    One(Arc<Producer>, Sent),
+    One(Arc<Writing>, Sent),
     More(BoxFuture<'static, Result<(), AppendError>>),
 }
 
@@ -89,7 +100,8 @@ impl Journal {
         producer.prepare()?;
         let ends = Ends::watch(&config, partitions)?;
         let addressing = Arc::new(ArcSwap::from_pointee(addressing));
-        Ok(Self { config, producer: Arc::new(producer), addressing, ends })
+        let writing = Arc::new(Writing { producer, reception: Reception::default() });
+        Ok(Self { config, writing, addressing, ends })
     }
 
     /// The settings.
@@ -99,13 +111,18 @@ impl Journal {
 
     /// A handle for those who append.
     pub fn appender(&self) -> Appender {
-        let (producer, addressing) = (Arc::clone(&self.producer), Arc::clone(&self.addressing));
-        Appender { topic: self.config.events().into(), producer, addressing, max_entry: self.config.max_entry() }
+        let (writing, addressing) = (Arc::clone(&self.writing), Arc::clone(&self.addressing));
+        Appender { topic: self.config.events().into(), writing, addressing, max_entry: self.config.max_entry() }
     }
 
     /// How far the partitions go.
     pub fn ends(&self) -> &Ends {
         &self.ends
+    }
+
+    /// Whether brokers take what is written.
+    pub fn reception(&self) -> &Reception {
+        &self.writing.reception
     }
 
     /// A handle for those who look at it.
@@ -120,7 +137,7 @@ impl Journal {
 
     /// Waits for what is on its way.
     pub async fn close(&self) {
-        self.producer.close().await;
+        self.writing.producer.close().await;
     }
 }
 
@@ -185,20 +202,22 @@ impl Appender {
 
     fn begin(&self, body: Bytes, key: Option<String>, headers: Vec<(String, String)>) -> Result<Sent, AppendError> {
         let record = Record { topic: self.topic.to_string(), partition: None, key, headers, body: Some(body) };
-        self.producer.begin(&record).map_err(refused)
+        self.writing.producer.begin(&record).map_err(refused)
     }
 
     fn arrived(&self, sent: Vec<(Sent, Option<Aside>)>) -> Append {
-        let producer = Arc::clone(&self.producer);
+        let writing = Arc::clone(&self.writing);
         let sent = match <[_; 1]>::try_from(sent) {
-            Ok([(only, None)]) => return Append(OnItsWay::One(producer, only)),
+            Ok([(only, None)]) => return Append(OnItsWay::One(writing, only)),
             Ok(one) => one.into(),
             Err(sent) => sent,
         };
         let has_aside = sent.iter().any(|(_, aside)| aside.is_some());
         let arrived = async move {
-            let all = sent.into_iter().map(|(sent, aside)| stored(&producer, sent, aside));
-            try_join_all(all).await.map(drop).map_err(refused)
+            let all = sent.into_iter().map(|(sent, aside)| stored(&writing.producer, sent, aside));
+            let result = try_join_all(all).await.map(drop);
+            writing.ended(&result);
+            result.map_err(refused)
         };
         if !has_aside {
             return Append(OnItsWay::More(Box::pin(arrived)));
@@ -233,10 +252,23 @@ impl Future for Append {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
-            OnItsWay::One(producer, sent) => {
-                producer.poll_arrived(sent, cx).map(|place| place.map(drop).map_err(refused))
-            }
+            OnItsWay::One(writing, sent) => writing.producer.poll_arrived(sent, cx).map(|place| {
+                let result = place.map(drop);
+                writing.ended(&result);
+                result.map_err(refused)
+            }),
             OnItsWay::More(arrived) => arrived.as_mut().poll(cx),
+        }
+    }
+}
+
+impl Writing {
+    fn ended(&self, result: &Result<(), SendError>) {
+        match result {
+            Ok(()) => self.reception.taken(),
+            // What else there is says that a broker has answered.
+            Err(SendError::Report(Code::MessageTimedOut)) => self.reception.missed(Code::MessageTimedOut.to_string()),
+            Err(_) => {}
         }
     }
 }

@@ -14,7 +14,7 @@ use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::watch;
 use tracing::debug;
 
-use super::{Config, OpenError};
+use super::{Config, OpenError, Reception};
 use crate::kafka::Log;
 
 /// How long to wait for what is told.
@@ -30,6 +30,7 @@ struct Shared {
     notes: Arc<Mutex<Notes>>,
     changed: watch::Receiver<u64>,
     producer: FutureProducer<Log>,
+    reception: Reception,
     topic: String,
     stopped: Arc<AtomicBool>,
 }
@@ -52,12 +53,12 @@ pub struct Note {
 }
 
 impl Board {
-    /// Reads what was told so far.
+    /// Reads what was told so far. What comes of telling more is noted in `reception`.
     ///
     /// # Errors
     ///
     /// [`OpenError`]: the brokers don't answer.
-    pub async fn open(config: &Config) -> Result<Self, OpenError> {
+    pub async fn open(config: &Config, reception: Reception) -> Result<Self, OpenError> {
         let topic = config.control();
         let client = config.consumer(&config.group("control.reader"));
         let consumer: BaseConsumer<Log> = BaseConsumer::from_config_and_context(&client, Log::default())?;
@@ -85,7 +86,7 @@ impl Board {
         };
         let thread = std::thread::Builder::new().name("control".to_owned()).spawn(follow);
         thread.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        let board = Self(Arc::new(Shared { notes, changed, producer, topic, stopped }));
+        let board = Self(Arc::new(Shared { notes, changed, producer, reception, topic, stopped }));
         board.catch_up(config).await?;
         Ok(board)
     }
@@ -100,7 +101,14 @@ impl Board {
         if let Some(value) = value {
             record = record.payload(value);
         }
-        self.0.producer.send(record, TIMEOUT).await.map(drop).map_err(|(error, _)| error)
+        match self.0.producer.send(record, TIMEOUT).await {
+            Ok(_) => self.0.reception.taken(),
+            Err((error, _)) => {
+                self.0.reception.missed(error.to_string());
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     /// The value of that name.

@@ -18,6 +18,7 @@ mod board;
 mod ends;
 mod group;
 mod reader;
+mod reception;
 mod scan;
 mod topics;
 
@@ -34,6 +35,7 @@ pub use board::{Board, Note};
 pub use ends::Ends;
 pub use group::{Group, Member, Moved, known_sinks};
 pub use reader::{ReadError, Reader, Readers};
+pub use reception::Reception;
 pub use scan::Scan;
 pub use topics::prepare;
 

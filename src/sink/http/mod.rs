@@ -25,7 +25,7 @@ use self::target::Target;
 use super::metadata::{self, Binding, Format};
 use super::signing::Secrets;
 use super::tls::Tls;
-use super::{Attempt, BuildError, DeliveryError, Preview, Verdict, View};
+use super::{Attempt, BuildError, DeliveryError, MAX_ASKED, Preview, Verdict, View};
 use crate::document::Section;
 use crate::event::Event;
 use crate::telemetry::Begin;
@@ -34,8 +34,6 @@ use crate::template::{Escape, Template};
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 /// How much of an answer's body is read for the sake of the connection.
 const MAX_DISCARDED: usize = 64 * 1024;
-/// The longest wait that is taken from `Retry-After`.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// Connections kept for the next deliveries: more than lanes usually have under way at once.
 const MAX_IDLE: usize = 256;
 /// Shorter than the idle time-outs of common servers and balancers, so that they seldom close what is about to be used.
@@ -126,6 +124,10 @@ impl Config {
             headers.push((name.clone(), utf8_percent_encode(&value, CONTROLS).to_string()));
         }
         Ok(Request { headers, body })
+    }
+
+    pub(super) fn check(&self) -> Result<(), BuildError> {
+        if self.tls.is_set() { self.client().map(drop) } else { Ok(()) }
     }
 
     /// Why building fails, if it does, as the sink's own error.
@@ -235,7 +237,7 @@ fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default(),
     };
-    Some(after.min(MAX_RETRY_AFTER))
+    Some(after.min(MAX_ASKED))
 }
 
 fn transport_error(error: reqwest::Error, timeout: Duration) -> DeliveryError {

@@ -14,6 +14,8 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use rdkafka::ClientConfig;
+use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
+use rdkafka::producer::BaseProducer;
 
 use super::metadata::{self, Binding, Format};
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
@@ -60,11 +62,20 @@ impl Config {
             options: read_options(section),
             topic: topic?,
         };
-        if let Err(error) = config.client(Batching::Many).create_native_config() {
-            section.problem("options", kafka::refused_option(&error));
-            return None;
-        }
         Some(config)
+    }
+
+    /// Whether librdkafka can work with the options: with the files that they name, and with all of them together.
+    pub(super) fn check(&self) -> Result<(), BuildError> {
+        // What is wrong with one of them alone has been told.
+        if self.options.is_empty() || kafka::refused_options(&self.options).next().is_some() {
+            return Ok(());
+        }
+        let mut client = self.client(Batching::Many);
+        // Nothing is connected to, and nobody wants to hear of that.
+        client.remove("bootstrap.servers").set_log_level(RDKafkaLogLevel::Critical);
+        let made = BaseProducer::from_config_and_context(&client, Log::default());
+        made.map(drop).map_err(|error| BuildError::Client(error.into()))
     }
 
     /// The options that name a file.
@@ -122,6 +133,8 @@ impl Config {
             .set("socket.keepalive.enable", "true")
             .set("socket.nagle.disable", "true")
             .set("request.timeout.ms", &timeout)
+            // Or else it is only a time-out that tells of a topic that is not there.
+            .set("topic.metadata.propagation.max.ms", "1000")
             .set("reconnect.backoff.ms", "100")
             .set("reconnect.backoff.max.ms", "5000");
         for (name, value) in &self.options {
@@ -207,7 +220,8 @@ fn read_options(section: &mut Section<'_>) -> BTreeMap<String, String> {
             section.problem("options", format!("{name:?} has to be a string, a number or a boolean"));
         }
     }
-    for problem in kafka::take_reserved(&mut options) {
+    let reserved = kafka::take_reserved(&mut options);
+    for problem in reserved.into_iter().chain(kafka::refused_options(&options)) {
         section.problem("options", problem);
     }
     options

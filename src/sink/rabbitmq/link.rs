@@ -275,7 +275,7 @@ impl Dialer {
 }
 
 /// What trust and which identity to connect with.
-fn connector(config: &Config) -> Result<RustlsConnector, BuildError> {
+pub(super) fn connector(config: &Config) -> Result<RustlsConnector, BuildError> {
     fn failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> BuildError {
         BuildError::Client(error.into())
     }

@@ -97,6 +97,10 @@ impl Config {
         })
     }
 
+    pub(super) fn check(&self) -> Result<(), BuildError> {
+        if self.tls.is_set() { link::connector(self).map(drop) } else { Ok(()) }
+    }
+
     pub(super) fn files(&self) -> Vec<PathBuf> {
         self.tls.files().map(Path::to_owned).collect()
     }
