@@ -77,6 +77,13 @@ async fn check_reports_every_mistake_with_its_place() {
 }
 
 #[tokio::test]
+async fn check_says_once_what_is_a_warning() {
+    let done = Setup::new("[sinks.idle]\ntype = \"stdout\"\n").run(&["check"], "").await;
+    let expected = "warning: routes.toml:1:8: no route leads to the sink `idle`\nroutes.toml: ok, 0 routes, 1 sinks\n";
+    assert_eq!((done.code, &*done.stdout), (Some(0), expected), "{done:?}");
+}
+
+#[tokio::test]
 async fn check_accepts_the_shipped_rules() {
     let done = Setup::new(SHIPPED).run(&["check"], "").await;
     assert_eq!(done.code, Some(0), "{done:?}");
