@@ -12,7 +12,7 @@ use crate::event::Event;
 use crate::journal::disk::recovery::{Finding, Inspection, Kind};
 use crate::journal::{self, Position};
 use crate::ledger::check::{self, Report};
-use crate::relay::lock_data_dir;
+use crate::relay::{lock_data_dir, share_data_dir};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -47,7 +47,8 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     if !dir.join("journal").is_dir() {
         bail!("{} is not the data directory of a relay: it has no journal", dir.display());
     }
-    let _lock = lock_data_dir(&dir)?;
+    // A look changes nothing, not even the lock file.
+    let _lock = if arguments.repair { lock_data_dir(&dir)? } else { share_data_dir(&dir)? };
     let (mut found, mut done) = (Found::look(&dir)?, Vec::new());
     if arguments.repair && !found.is_clean() {
         done = found.repair(&dir)?;
@@ -65,7 +66,8 @@ impl Found {
     fn look(dir: &Path) -> anyhow::Result<Self> {
         let file = dir.join("ledger.sqlite");
         let ledger = match file.exists() {
-            true => check::check(&file, |record| Event::decode(record).is_ok()),
+            true => check::check(&file, |record| Event::decode(record).is_ok())
+                .context("can't copy the ledger to a temporary folder (TMPDIR)")?,
             false => Report { problems: vec!["ledger.sqlite is missing".to_owned()], ..Report::default() },
         };
         let mut journal = Inspection::new(&dir.join("journal"), Position::ZERO).context("can't read the journal")?;

@@ -38,7 +38,7 @@ pub(super) struct Opened {
 
 /// What has to be closed in the end.
 pub(super) enum Storage {
-    Disk { _lock: File, journal: Journal, ledger: Ledger, thread: JoinHandle<()>, health: watch::Receiver<Health> },
+    Disk { _lock: Vec<File>, journal: Journal, ledger: Ledger, thread: JoinHandle<()>, health: watch::Receiver<Health> },
     Kafka,
 }
 
@@ -226,15 +226,29 @@ impl Carriers {
     }
 }
 
-/// Makes the data directory and keeps other processes out of it for as long as the file is open.
-pub(crate) fn lock_data_dir(dir: &Path) -> Result<File, RunError> {
+/// Makes the data directory and keeps other processes out of it for as long as the files are open.
+pub(crate) fn lock_data_dir(dir: &Path) -> Result<Vec<File>, RunError> {
     let error = |source| RunError::DataDir { dir: dir.to_owned(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(error)?;
     let lock = File::options().create(true).write(true).truncate(false).open(dir.join("lock")).map_err(error)?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(RunError::Locked { dir: dir.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(error(source)),
+    // The directory as well, since somebody may delete the file. Not every file system can lock directories.
+    let folder = File::open(dir).map_err(error)?;
+    match (lock.try_lock(), folder.try_lock()) {
+        (Err(TryLockError::WouldBlock), _) | (_, Err(TryLockError::WouldBlock)) => {
+            Err(RunError::Locked { dir: dir.to_owned() })
+        }
+        (Err(TryLockError::Error(source)), _) => Err(error(source)),
+        (Ok(()), Ok(()) | Err(TryLockError::Error(_))) => Ok(vec![lock, folder]),
+    }
+}
+
+/// Keeps relays out of a data directory for as long as the files are open, and changes nothing in it. Where nothing can be
+/// locked, as on some that can only be read, no relay can run either.
+pub(crate) fn share_data_dir(dir: &Path) -> Result<Vec<File>, RunError> {
+    let files: Vec<_> = [dir.join("lock"), dir.to_owned()].iter().filter_map(|path| File::open(path).ok()).collect();
+    match files.iter().any(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))) {
+        true => Err(RunError::Locked { dir: dir.to_owned() }),
+        false => Ok(files),
     }
 }
 

@@ -286,6 +286,12 @@ async fn what_keeps_it_from_starting() {
     let done = setup.run(&[], "").await;
     assert_eq!(done.code, Some(1), "{done:?}");
     assert!(done.stderr.contains("another process uses the data directory data"), "{done:?}");
+    // Also if somebody has deleted the lock.
+    std::fs::remove_file(setup.dir().join("data/lock")).unwrap();
+    for command in [&["run"][..], &["fsck"], &["fsck", "--repair"]] {
+        let done = setup.run(command, "").await;
+        assert!(done.code == Some(1) && done.stderr.contains("another process uses the data directory"), "{done:?}");
+    }
     relay.post(event(1, "sent")).await.ids();
     let setup = Setup::new(SHIPPED).env("RELAY_DATA_DIR", "file/data");
     setup.file("file", "not a directory");

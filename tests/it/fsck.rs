@@ -3,6 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
@@ -42,9 +43,9 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
     assert!(segments(&setup).len() > 2);
 
     damage(&setup);
+    let files = files(&setup);
     let found = setup.run(&["fsck", "data", "--json"], "").await;
-    let again = setup.run(&["fsck", "data", "--json"], "").await;
-    assert_eq!(found.stdout, again.stdout, "looking changes nothing");
+    assert_eq!(self::files(&setup), files, "looking changes nothing");
     let repaired = setup.run(&["fsck", "--repair", "--json"], "").await;
     let parse = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
     let (before, after) = (parse(&found.stdout), parse(&repaired.stdout));
@@ -62,6 +63,19 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
     assert!(running.code == Some(1) && running.stderr.contains("another process"), "{running:?}");
     relay.stop().await;
     (before, after)
+}
+
+/// Names, content and times of all files.
+fn files(setup: &Setup) -> Vec<(PathBuf, SystemTime, Vec<u8>)> {
+    let data = setup.dir().join("data");
+    let all = [data.clone(), data.join("journal")].into_iter().flat_map(|dir| fs::read_dir(dir).expect("a folder"));
+    let file = |path: PathBuf| {
+        let modified = fs::metadata(&path).and_then(|file| file.modified()).expect("a time");
+        (path.clone(), modified, fs::read(path).unwrap_or_default())
+    };
+    let mut files: Vec<_> = all.map(|entry| file(entry.expect("an entry").path())).collect();
+    files.sort();
+    files
 }
 
 fn kinds(report: &Value) -> Vec<&str> {
@@ -114,10 +128,15 @@ async fn a_torn_tail_is_cut_off_and_what_is_before_it_is_delivered() {
     file.set_len(u64::try_from(end).expect("it is small") - 100).expect("it can be cut");
     let torn = posted.pop().expect("five were posted");
 
+    let before = files(&setup);
+    let unfinished = before.iter().find(|(path, ..)| path.ends_with("ledger.sqlite-wal"));
+    assert!(unfinished.is_some_and(|(_, _, content)| !content.is_empty()), "the ledger was not closed");
     let found = setup.run(&["fsck", "--json"], "").await;
+    assert_eq!(files(&setup), before, "looking changes nothing");
     let report: Value = serde_json::from_str(&found.stdout).expect("JSON");
     assert_eq!((found.code, kinds(&report)), (Some(1), vec!["torn_tail"]), "{report}");
     assert_eq!(report["journal"]["findings"][0]["lost_events"], 0, "{report}");
+    assert_eq!(report["ledger"]["cursors"]["http"], 1, "what was written last counts");
     let repaired = setup.run(&["fsck", "--repair"], "").await;
     assert_eq!(repaired.code, Some(0), "{repaired:?}");
 
