@@ -93,13 +93,18 @@ impl Found {
     }
 
     /// Repairs; what was done, in sentences.
-    fn repair(&self, dir: &Path) -> anyhow::Result<Vec<String>> {
+    fn repair(&mut self, dir: &Path) -> anyhow::Result<Vec<String>> {
         let (quarantine, file) = (dir.join("quarantine"), dir.join("ledger.sqlite"));
         let mut done = Vec::new();
         if self.journal.needs_repair() {
-            let findings = self.journal.findings().iter().filter(|finding| finding.kind != Kind::Foreign).count();
             self.journal.repair(&quarantine).context("can't repair the journal")?;
-            done.push(format!("journal: {findings} repaired; what was damaged is in {}", quarantine.display()));
+            let repaired = self.journal.findings().iter().filter(|finding| finding.kind != Kind::Foreign);
+            let aside = match repaired.clone().any(|finding| finding.kept.is_some()) {
+                true => format!("; what was damaged is in {}", quarantine.display()),
+                // Of a file that is missing nothing is left.
+                false => String::new(),
+            };
+            done.push(format!("journal: {} repaired{aside}", repaired.count()));
         }
         if !self.ledger.problems.is_empty() {
             let saved = check::salvage(&file, &quarantine)?;
@@ -137,6 +142,7 @@ impl Found {
             "journal": {
                 "oldest": self.journal.oldest().to_stored(),
                 "end": self.journal.end().to_stored(),
+                "events": self.journal.events(),
                 "findings": self.journal.findings().iter().map(finding).collect::<Vec<_>>(),
             },
             "ledger": {
@@ -154,9 +160,9 @@ impl Found {
         for line in done {
             writeln!(text, "repaired: {line}")?;
         }
-        let (oldest, end) = (self.journal.oldest(), self.journal.end());
-        writeln!(text, "journal: {} events, up to position {}", end.since(oldest), end.to_stored())?;
-        for Finding { kind, file, offset, bytes, lost } in self.journal.findings() {
+        let (events, end) = (self.journal.events(), self.journal.end());
+        writeln!(text, "journal: {events} events, up to position {}", end.to_stored())?;
+        for Finding { kind, file, offset, bytes, lost, kept: _ } in self.journal.findings() {
             let (kind, file) = (kind.as_str(), file.display());
             let lost = lost.map_or_else(String::new, |(from, to)| {
                 format!(": {} events are lost, from position {}", to.since(from), from.to_stored())

@@ -253,19 +253,20 @@ pub(crate) fn share_data_dir(dir: &Path) -> Result<Vec<File>, RunError> {
 }
 
 fn report(finding: &Finding) {
-    let Finding { kind, file, offset, bytes, lost } = finding;
+    let Finding { kind, file, offset, bytes, lost, kept } = finding;
     let (kind_name, file) = (kind.as_str(), file.display());
+    let quarantine = kept.as_ref().map(|path| tracing::field::display(path.display()));
     match (kind, lost) {
         (Found::Foreign, _) => warn!(%file, "a file in the journal's directory is not the journal's; it is left alone"),
         (_, Some((from, to))) => {
             let (first, lost) = (from.to_stored(), to.since(*from));
-            error!(kind = kind_name, %file, offset, bytes, first, lost, "events are lost from the journal; what was left of them is in quarantine");
+            error!(kind = kind_name, %file, offset, bytes, first, lost, quarantine, "events are lost from the journal");
         }
         (Found::Segment, None) => {
-            error!(kind = kind_name, %file, bytes, "a journal file was not readable; it is in quarantine")
+            error!(kind = kind_name, %file, bytes, quarantine, "a journal file was not readable; it is in quarantine")
         }
         (Found::TornTail | Found::Header | Found::Damaged | Found::Missing, None) => {
-            warn!(kind = kind_name, %file, offset, bytes, "the journal was repaired; nothing that was acknowledged is lost");
+            warn!(kind = kind_name, %file, offset, bytes, quarantine, "the journal was repaired; nothing that was acknowledged is lost");
         }
     }
 }

@@ -38,8 +38,9 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
     }
     inbox.wait_for_ids("HTTP", posted).await;
     relay.stop().await;
-    let clean = setup.run(&["fsck", "--json"], "").await;
-    assert_eq!(clean.code, Some(0), "{clean:?}");
+    let clean = setup.run(&["fsck"], "").await;
+    let said = clean.stdout.contains("journal: 300 events, up to position 300\n");
+    assert!(clean.code == Some(0) && said, "{clean:?}");
     assert!(segments(&setup).len() > 2);
 
     damage(&setup);
@@ -54,6 +55,8 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
         (Some(if before["ok"] == true { 0 } else { 1 }), before["ok"].as_bool())
     );
     assert_eq!((repaired.code, after["ok"].as_bool()), (Some(0), Some(true)), "{repaired:?}");
+    assert_eq!(before["journal"]["events"], 300 - lost(&before), "{before}");
+    assert_eq!(after["journal"]["events"], before["journal"]["events"], "what is there stays");
     assert_eq!(setup.run(&["fsck"], "").await.code, Some(0));
 
     let relay = setup.start().await;
@@ -78,6 +81,11 @@ fn files(setup: &Setup) -> Vec<(PathBuf, SystemTime, Vec<u8>)> {
     files
 }
 
+fn lost(report: &Value) -> u64 {
+    let findings = report["journal"]["findings"].as_array().expect("a list");
+    findings.iter().filter_map(|finding| finding["lost_events"].as_u64()).sum()
+}
+
 fn kinds(report: &Value) -> Vec<&str> {
     let findings = report["journal"]["findings"].as_array().expect("a list");
     findings.iter().map(|finding| finding["kind"].as_str().expect("text")).collect()
@@ -89,15 +97,20 @@ async fn damage_to_the_journal_is_found_and_repaired() {
     assert_eq!(kinds(&before), ["damaged"]);
     assert!(before["journal"]["findings"][0]["lost_events"].as_u64() >= Some(1), "{before}");
 
-    let (before, _) = fsck(|setup| write(&segments(setup)[1], 0, &[0; 40])).await;
+    let (before, after) = fsck(|setup| write(&segments(setup)[1], 0, &[0; 40])).await;
     assert_eq!(kinds(&before), ["header"]);
+    assert!(
+        after["repaired"][0].as_str().is_some_and(|done| done.ends_with("what was damaged is in data/quarantine")),
+        "{after}"
+    );
 
     let (before, after) = fsck(|setup| write(&segments(setup)[1], 0, &[0; FIRST_RECORD as usize])).await;
     assert_eq!(kinds(&before), ["segment", "missing"]);
     assert!(after["repaired"][0].as_str().is_some_and(|done| done.contains("quarantine")), "{after}");
 
-    let (before, _) = fsck(|setup| fs::remove_file(&segments(setup)[1]).expect("it goes")).await;
+    let (before, after) = fsck(|setup| fs::remove_file(&segments(setup)[1]).expect("it goes")).await;
     assert_eq!(kinds(&before), ["missing"]);
+    assert_eq!(after["repaired"], json!(["journal: 1 repaired"]), "nothing is left of it");
 
     // The last is gone, and sinks have read it: that there was more is known from the ledger.
     let (before, _) = fsck(|setup| fs::remove_file(segments(setup).pop().expect("the last")).expect("it goes")).await;
@@ -158,6 +171,18 @@ async fn damage_to_the_ledger_is_found_and_what_is_left_is_saved() {
     })
     .await;
     assert_eq!(before["ledger"]["problems"], json!(["ledger.sqlite is missing"]));
+}
+
+#[tokio::test]
+async fn a_directory_in_a_file_s_place_is_named() {
+    let setup = Setup::new("");
+    let name = "data/journal/00000000000000000007.seg";
+    fs::create_dir_all(setup.dir().join(name)).expect("it can be made");
+    for command in ["run", "fsck"] {
+        let done = setup.run(&[command], "").await;
+        let expected = format!("{name} is a directory, where the journal has a file: move it elsewhere");
+        assert!(done.code == Some(1) && done.stderr.contains(&expected), "{done:?}");
+    }
 }
 
 #[tokio::test]
