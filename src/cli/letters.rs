@@ -1,11 +1,13 @@
 //! `engage-relay dead-letters`: listing them, trying them again, discarding them.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::Subcommand;
 use indicatif::ProgressBar;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, elements, number, table, text, time};
@@ -13,6 +15,9 @@ use super::{Global, bar, print};
 
 /// How many one request takes when no rate is asked for.
 const CHUNK: u64 = 1000;
+
+/// A dead letter with its event, which may be nested deeper than a [`Value`] can be.
+type Shown = BTreeMap<String, Box<RawValue>>;
 
 #[derive(Subcommand)]
 pub(super) enum Command {
@@ -96,12 +101,12 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<ExitCode
             let mut query = filter.pairs();
             query.push(("limit", limit.to_string()));
             query.extend(after.map(|after| ("after", after.to_string())));
-            let page = api.get(&["dead-letters"], &query)?;
+            let page: Value = api.get(&["dead-letters"], &query)?;
             print(&if global.json { format!("{page}\n") } else { list(&page) })?;
         }
         Command::Show { id } => {
-            let letter = api.get(&["dead-letters", &id.to_string()], &[])?;
-            print(&if global.json { format!("{letter}\n") } else { show(&letter)? })?;
+            let letter: Shown = api.get(&["dead-letters", &id.to_string()], &[])?;
+            print(&if global.json { serde_json::to_string(&letter)? + "\n" } else { show(&letter)? })?;
         }
         Command::Replay { which, to, rate } => {
             let mut options = Map::new();
@@ -236,12 +241,15 @@ fn list(page: &Value) -> String {
     shown
 }
 
-fn show(letter: &Value) -> Result<String, std::fmt::Error> {
+fn show(letter: &Shown) -> Result<String, std::fmt::Error> {
     let mut shown = String::new();
-    for (field, value) in letter.as_object().into_iter().flatten().filter(|(field, _)| *field != "body") {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        writeln!(shown, "{field:16} {value}")?;
+    for (field, value) in letter.iter().filter(|(field, _)| *field != "body") {
+        let text = serde_json::from_str::<String>(value.get());
+        writeln!(shown, "{field:16} {}", text.as_deref().unwrap_or(value.get()))?;
     }
-    writeln!(shown, "\n{:#}", letter.get("body").unwrap_or(&Value::Null))?;
+    let body = letter.get("body").map_or("null", |body| body.get());
+    // What is nested too deeply to be laid out is shown as it was received.
+    let laid_out = serde_json::from_str::<Value>(body).map(|body| format!("{body:#}"));
+    writeln!(shown, "\n{}", laid_out.as_deref().unwrap_or(body))?;
     Ok(shown)
 }

@@ -124,6 +124,20 @@ async fn every_dead_letter_says_why_and_can_be_replayed_or_discarded() {
     relay.stop().await;
 }
 
+/// An event may be nested deeper than most parsers go.
+#[tokio::test]
+async fn deep_events_are_shown() {
+    let relay = Setup::new("").start().await;
+    let deep = format!("{{\"message_id\":\"m\",\"x\":{}1{}}}", "[".repeat(200), "]".repeat(200));
+    relay.post(deep.clone()).await.ids();
+    let number = wait_for_letters(&relay, 1).await[0]["id"].to_string();
+    for json in [&[][..], &["--json"]] {
+        let shown = relay.command(&[&["dead-letters", "show", &number], json].concat()).await;
+        assert!(shown.code == Some(0) && shown.stdout.contains(&deep), "{shown:?}");
+    }
+    relay.stop().await;
+}
+
 /// Many dead letters at once, at a rate and without.
 #[tokio::test]
 async fn dead_letters_are_replayed_in_bulk() {
