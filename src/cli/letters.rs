@@ -45,7 +45,7 @@ pub(super) enum Command {
         #[arg(long, value_name = "SINK")]
         to: Option<String>,
         /// How many a second
-        #[arg(long)]
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
         rate: Option<u32>,
     },
     /// Discard them, for good
