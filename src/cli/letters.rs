@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, elements, number, table, text, time};
-use super::{Global, bar, print};
+use super::{Global, bar, examples, print};
 
 /// How many one request takes when no rate is asked for.
 const CHUNK: u64 = 1000;
@@ -22,6 +22,7 @@ type Shown = BTreeMap<String, Box<RawValue>>;
 #[derive(Subcommand)]
 pub(super) enum Command {
     /// List dead letters, oldest number first
+    #[command(after_help = examples::LIST)]
     List {
         #[command(flatten)]
         filter: Filter,
@@ -33,11 +34,13 @@ pub(super) enum Command {
         after: Option<i64>,
     },
     /// Show one, with the whole event
+    #[command(after_help = examples::SHOW)]
     Show {
         /// Its number
         id: i64,
     },
     /// Try them again, from the first attempt
+    #[command(after_help = examples::REPLAY_LETTERS)]
     Replay {
         #[command(flatten)]
         which: Which,
@@ -49,6 +52,7 @@ pub(super) enum Command {
         rate: Option<u32>,
     },
     /// Discard them, for good
+    #[command(after_help = examples::DISCARD)]
     Discard {
         #[command(flatten)]
         which: Which,

@@ -344,9 +344,10 @@ async fn the_command_line() {
     {
         assert!(help.stdout.contains(text), "{text:?} is not in\n{}", help.stdout);
     }
-    for command in ["run", "check", "explain", "send"] {
+    for command in ["run", "check", "explain", "send", "fsck"] {
         let help = setup.run(&[command, "--help"], "").await;
         assert!(help.code == Some(0) && help.stdout.contains("Usage: engage-relay"), "{help:?}");
+        assert!(help.stdout.contains(&format!("Examples:\n  engage-relay {command}")), "{help:?}");
     }
     for (wrong, about) in [
         (&["--unknown"][..], "--unknown"),
