@@ -28,7 +28,8 @@ pub use reference::{Environment, Lookup, resolved};
 pub(crate) use reference::{Piece, pieces};
 pub use unresolved::{Unresolved, refers};
 
-/// Something wrong, or worth a warning, at a place in a file. Displays as `routes.toml:12:8: message`.
+/// Something wrong, or worth a warning, at a place in a file. Displays as `routes.toml:12:8: message`; which of the two it
+/// is, whoever shows it says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[schema(as = RulesProblem)]
 pub struct Problem {
@@ -46,11 +47,8 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { file, line, column, severity, message } = self;
-        match severity {
-            Severity::Error => write!(f, "{file}:{line}:{column}: {message}"),
-            Severity::Warning => write!(f, "{file}:{line}:{column}: warning: {message}"),
-        }
+        let Self { file, line, column, severity: _, message } = self;
+        write!(f, "{file}:{line}:{column}: {message}")
     }
 }
 
@@ -222,9 +220,9 @@ impl<'d> Section<'d> {
     }
 
     /// A table of templates, in the file's order (`headers = { name = "template" }`).
-    pub fn templates(&mut self, key: &'static str) -> Vec<(String, Template)> {
+    pub fn templates(&mut self, key: &'static str) -> Vec<(Key<'d>, Template)> {
         let entries = self.table(key).map(|section| section.entries()).unwrap_or_default();
-        entries.into_iter().filter_map(|(key, value)| Some((key.name.to_owned(), value.template()?))).collect()
+        entries.into_iter().filter_map(|(key, value)| Some((key, value.template()?))).collect()
     }
 
     /// A sub-table.
@@ -252,7 +250,9 @@ impl<'d> Section<'d> {
 
     /// The key's value, of whatever type.
     pub fn value(&mut self, key: &'static str) -> Option<Value<'d>> {
-        self.known.push(key);
+        if !self.known.contains(&key) {
+            self.known.push(key);
+        }
         self.table.get(key).map(|value| Value { document: self.document, value })
     }
 

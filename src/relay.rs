@@ -38,7 +38,7 @@ use metrics::Metrics;
 use reloads::{Gates, Reloads};
 use storage::{Carriers, Opened, Storage};
 
-pub(crate) use storage::lock_data_dir;
+pub(crate) use storage::{lock_data_dir, share_data_dir};
 
 /// How long answers may take that tell senders of a failed journal.
 const FAILED_GRACE: Duration = Duration::from_secs(1);

@@ -22,7 +22,7 @@ use crate::event::Field;
 use crate::journal;
 use crate::journal::kafka::KeyBy;
 use crate::lane::{OrderBy, StartAt};
-use crate::rules::{Rules, RulesError};
+use crate::rules::{Rules, RulesError, errors};
 
 /// How often files are looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -67,7 +67,7 @@ impl LoadError {
     pub fn problems(&self) -> Vec<String> {
         match self {
             Self::Config(ConfigError(problems)) => problems.clone(),
-            Self::Rules(RulesError::Problems { problems }) => problems.iter().map(ToString::to_string).collect(),
+            Self::Rules(RulesError::Problems { problems }) => errors(problems),
             Self::Rules(error @ RulesError::Read { .. }) => vec![error.to_string()],
         }
     }

@@ -49,7 +49,7 @@ pub enum RulesError {
         source: std::io::Error,
     },
     /// All that is wrong with it, and warnings.
-    #[error("{}", problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    #[error("{}", errors(problems).join("\n"))]
     Problems {
         /// Each with its place.
         problems: Vec<Problem>,
@@ -82,6 +82,11 @@ impl Rules {
         let problems = finished(document)?;
         Ok((Self { sinks, table: Arc::new(table) }, problems))
     }
+}
+
+/// Those that keep a file from being used, as text. Warnings can wait until it works.
+pub fn errors(problems: &[Problem]) -> Vec<String> {
+    problems.iter().filter(|problem| problem.severity == Severity::Error).map(ToString::to_string).collect()
 }
 
 /// Compiles the routes of rules that will not run here. What is wrong with a sink is said too, except for what depends on

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, anyhow, bail};
 use http::{Method, StatusCode};
 use reqwest::Url;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
@@ -53,7 +54,7 @@ impl Api {
         Self { timeout, ..self }
     }
 
-    pub(super) fn get(&self, path: &[&str], query: &[(&str, String)]) -> anyhow::Result<Value> {
+    pub(super) fn get<T: DeserializeOwned>(&self, path: &[&str], query: &[(&str, String)]) -> anyhow::Result<T> {
         self.call(Method::GET, path, query, None)
     }
 
@@ -70,13 +71,13 @@ impl Api {
         self.call(Method::DELETE, path, &[], None)
     }
 
-    fn call(
+    fn call<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &[&str],
         query: &[(&str, String)],
         body: Option<&Value>,
-    ) -> anyhow::Result<Value> {
+    ) -> anyhow::Result<T> {
         let mut url = self.base.clone();
         let mut segments =
             url.path_segments_mut().map_err(|()| anyhow!("{} can't be the URL of a relay", self.base))?;
@@ -97,16 +98,16 @@ impl Api {
             let status = response.status();
             Ok::<_, anyhow::Error>((status, response.bytes().await.context("the relay's answer broke off")?))
         })?;
-        let answer: Value = serde_json::from_slice(&content)
-            .with_context(|| format!("what answers at {} ({status}) is not a relay's admin side", self.base))?;
+        let not_ours = || format!("what answers at {} ({status}) is not a relay's admin side", self.base);
         if !status.is_success() {
+            let answer: Value = serde_json::from_slice(&content).with_context(not_ours)?;
             let detail = answer.get("detail").and_then(Value::as_str).unwrap_or(status.as_str());
             match status {
                 StatusCode::UNPROCESSABLE_ENTITY => bail!(Refused(detail.to_owned())),
                 _ => bail!("{detail}"),
             }
         }
-        Ok(answer)
+        serde_json::from_slice(&content).with_context(not_ours)
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> anyhow::Error {

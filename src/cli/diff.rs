@@ -61,7 +61,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
         return Ok(ExitCode::SUCCESS);
     }
     let Compared { problems, diff } = Compared::deserialize(&answer).context("not the answer of a relay")?;
-    let warnings = problems.iter().map(|problem| format!("{problem}\n")).collect::<String>();
+    let warnings = problems.iter().map(|problem| format!("warning: {problem}\n")).collect::<String>();
     let diff = diff.context("the relay has compared nothing")?;
     print(&(warnings + &text(&diff)?))?;
     Ok(ExitCode::SUCCESS)

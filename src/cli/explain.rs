@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::Read as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -15,7 +15,7 @@ use crate::rules::{Destination, Explained};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The event, or an array of them [default: standard input]
+    /// The event, or an array of them; `-` is standard input [default: -]
     file: Option<PathBuf>,
     /// The name of the token that the sender used, for rules on `token`
     #[arg(long, default_value = "aivo")]
@@ -25,7 +25,7 @@ pub(super) struct Arguments {
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (config, _) = global.settings()?;
     let (rules, _) = global.rules(&config)?;
-    let body = match &arguments.file {
+    let body = match arguments.file.as_deref().filter(|path| *path != Path::new("-")) {
         Some(path) => std::fs::read(path).with_context(|| format!("can't read {}", path.display()))?,
         None => {
             let mut body = Vec::new();

@@ -12,7 +12,7 @@ use crate::event::Event;
 use crate::journal::disk::recovery::{Finding, Inspection, Kind};
 use crate::journal::{self, Position};
 use crate::ledger::check::{self, Report};
-use crate::relay::lock_data_dir;
+use crate::relay::{lock_data_dir, share_data_dir};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -47,7 +47,8 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     if !dir.join("journal").is_dir() {
         bail!("{} is not the data directory of a relay: it has no journal", dir.display());
     }
-    let _lock = lock_data_dir(&dir)?;
+    // A look changes nothing, not even the lock file.
+    let _lock = if arguments.repair { lock_data_dir(&dir)? } else { share_data_dir(&dir)? };
     let (mut found, mut done) = (Found::look(&dir)?, Vec::new());
     if arguments.repair && !found.is_clean() {
         done = found.repair(&dir)?;
@@ -65,7 +66,8 @@ impl Found {
     fn look(dir: &Path) -> anyhow::Result<Self> {
         let file = dir.join("ledger.sqlite");
         let ledger = match file.exists() {
-            true => check::check(&file, |record| Event::decode(record).is_ok()),
+            true => check::check(&file, |record| Event::decode(record).is_ok())
+                .context("can't copy the ledger to a temporary folder (TMPDIR)")?,
             false => Report { problems: vec!["ledger.sqlite is missing".to_owned()], ..Report::default() },
         };
         let mut journal = Inspection::new(&dir.join("journal"), Position::ZERO).context("can't read the journal")?;
@@ -91,13 +93,18 @@ impl Found {
     }
 
     /// Repairs; what was done, in sentences.
-    fn repair(&self, dir: &Path) -> anyhow::Result<Vec<String>> {
+    fn repair(&mut self, dir: &Path) -> anyhow::Result<Vec<String>> {
         let (quarantine, file) = (dir.join("quarantine"), dir.join("ledger.sqlite"));
         let mut done = Vec::new();
         if self.journal.needs_repair() {
-            let findings = self.journal.findings().iter().filter(|finding| finding.kind != Kind::Foreign).count();
             self.journal.repair(&quarantine).context("can't repair the journal")?;
-            done.push(format!("journal: {findings} repaired; what was damaged is in {}", quarantine.display()));
+            let repaired = self.journal.findings().iter().filter(|finding| finding.kind != Kind::Foreign);
+            let aside = match repaired.clone().any(|finding| finding.kept.is_some()) {
+                true => format!("; what was damaged is in {}", quarantine.display()),
+                // Of a file that is missing nothing is left.
+                false => String::new(),
+            };
+            done.push(format!("journal: {} repaired{aside}", repaired.count()));
         }
         if !self.ledger.problems.is_empty() {
             let saved = check::salvage(&file, &quarantine)?;
@@ -135,6 +142,7 @@ impl Found {
             "journal": {
                 "oldest": self.journal.oldest().to_stored(),
                 "end": self.journal.end().to_stored(),
+                "events": self.journal.events(),
                 "findings": self.journal.findings().iter().map(finding).collect::<Vec<_>>(),
             },
             "ledger": {
@@ -152,9 +160,9 @@ impl Found {
         for line in done {
             writeln!(text, "repaired: {line}")?;
         }
-        let (oldest, end) = (self.journal.oldest(), self.journal.end());
-        writeln!(text, "journal: {} events, up to position {}", end.since(oldest), end.to_stored())?;
-        for Finding { kind, file, offset, bytes, lost } in self.journal.findings() {
+        let (events, end) = (self.journal.events(), self.journal.end());
+        writeln!(text, "journal: {events} events, up to position {}", end.to_stored())?;
+        for Finding { kind, file, offset, bytes, lost, kept: _ } in self.journal.findings() {
             let (kind, file) = (kind.as_str(), file.display());
             let lost = lost.map_or_else(String::new, |(from, to)| {
                 format!(": {} events are lost, from position {}", to.since(from), from.to_stored())

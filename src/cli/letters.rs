@@ -1,22 +1,28 @@
 //! `engage-relay dead-letters`: listing them, trying them again, discarding them.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::Subcommand;
 use indicatif::ProgressBar;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, elements, number, table, text, time};
-use super::{Global, bar, print};
+use super::{Global, bar, examples, print};
 
 /// How many one request takes when no rate is asked for.
 const CHUNK: u64 = 1000;
 
+/// A dead letter with its event, which may be nested deeper than a [`Value`] can be.
+type Shown = BTreeMap<String, Box<RawValue>>;
+
 #[derive(Subcommand)]
 pub(super) enum Command {
     /// List dead letters, oldest number first
+    #[command(after_help = examples::LIST)]
     List {
         #[command(flatten)]
         filter: Filter,
@@ -28,11 +34,13 @@ pub(super) enum Command {
         after: Option<i64>,
     },
     /// Show one, with the whole event
+    #[command(after_help = examples::SHOW)]
     Show {
         /// Its number
         id: i64,
     },
     /// Try them again, from the first attempt
+    #[command(after_help = examples::REPLAY_LETTERS)]
     Replay {
         #[command(flatten)]
         which: Which,
@@ -40,10 +48,11 @@ pub(super) enum Command {
         #[arg(long, value_name = "SINK")]
         to: Option<String>,
         /// How many a second
-        #[arg(long)]
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
         rate: Option<u32>,
     },
     /// Discard them, for good
+    #[command(after_help = examples::DISCARD)]
     Discard {
         #[command(flatten)]
         which: Which,
@@ -96,12 +105,12 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<ExitCode
             let mut query = filter.pairs();
             query.push(("limit", limit.to_string()));
             query.extend(after.map(|after| ("after", after.to_string())));
-            let page = api.get(&["dead-letters"], &query)?;
+            let page: Value = api.get(&["dead-letters"], &query)?;
             print(&if global.json { format!("{page}\n") } else { list(&page) })?;
         }
         Command::Show { id } => {
-            let letter = api.get(&["dead-letters", &id.to_string()], &[])?;
-            print(&if global.json { format!("{letter}\n") } else { show(&letter)? })?;
+            let letter: Shown = api.get(&["dead-letters", &id.to_string()], &[])?;
+            print(&if global.json { serde_json::to_string(&letter)? + "\n" } else { show(&letter)? })?;
         }
         Command::Replay { which, to, rate } => {
             let mut options = Map::new();
@@ -236,12 +245,15 @@ fn list(page: &Value) -> String {
     shown
 }
 
-fn show(letter: &Value) -> Result<String, std::fmt::Error> {
+fn show(letter: &Shown) -> Result<String, std::fmt::Error> {
     let mut shown = String::new();
-    for (field, value) in letter.as_object().into_iter().flatten().filter(|(field, _)| *field != "body") {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        writeln!(shown, "{field:16} {value}")?;
+    for (field, value) in letter.iter().filter(|(field, _)| *field != "body") {
+        let text = serde_json::from_str::<String>(value.get());
+        writeln!(shown, "{field:16} {}", text.as_deref().unwrap_or(value.get()))?;
     }
-    writeln!(shown, "\n{:#}", letter.get("body").unwrap_or(&Value::Null))?;
+    let body = letter.get("body").map_or("null", |body| body.get());
+    // What is nested too deeply to be laid out is shown as it was received.
+    let laid_out = serde_json::from_str::<Value>(body).map(|body| format!("{body:#}"));
+    writeln!(shown, "\n{}", laid_out.as_deref().unwrap_or(body))?;
     Ok(shown)
 }

@@ -5,6 +5,7 @@ mod check;
 mod completions;
 mod diff;
 mod drain;
+mod examples;
 mod explain;
 mod fsck;
 mod letters;
@@ -32,29 +33,13 @@ const BAD_CONFIGURATION: u8 = 64;
 
 /// Receives Aivo Engage webhooks, stores them durably, and forwards them to Kafka, RabbitMQ and HTTP.
 #[derive(Parser)]
-#[command(version, max_term_width = 110, after_help = EXAMPLES)]
+#[command(version, max_term_width = 110, after_help = examples::ALL)]
 struct Arguments {
     #[command(flatten)]
     global: Global,
     #[command(subcommand)]
     command: Option<Command>,
 }
-
-const EXAMPLES: &str = "\
-Examples:
-  engage-relay                                   serve, with relay.toml and routes.toml of this folder if they are there
-  engage-relay check --routes new-routes.toml    say everything that is wrong with a file of rules
-  engage-relay explain event.json                say where an event would go, and what each sink would be sent
-  engage-relay diff new-routes.toml              say what other rules would change, by the events that are kept
-  engage-relay send --count 1000 --rate 50       post sample events to a running relay
-  engage-relay status --watch                    what the relay and its sinks are doing
-  engage-relay dead-letters list --sink crm      what will not be tried again
-  engage-relay dead-letters replay --sink crm    try it again
-  engage-relay replay --sink crm --since 2h      send what was received in the last two hours again
-  engage-relay reload                            read the files again; that happens by itself when they change
-  engage-relay drain --timeout 10m               wait until everything is delivered
-
-Every setting can be given as a variable too: RELAY_INGRESS__LISTEN=0.0.0.0:8080";
 
 /// Options of every command.
 #[derive(Args)]
@@ -85,35 +70,49 @@ struct Global {
 #[derive(Subcommand)]
 enum Command {
     /// Serve (the default)
+    #[command(after_help = examples::RUN)]
     Run,
     /// Compile settings and rules, print every problem; exit status 64 if there is an error
+    #[command(after_help = examples::CHECK)]
     Check(check::Arguments),
     /// Say which routes an event matches and why, and what each sink would be sent
+    #[command(after_help = examples::EXPLAIN)]
     Explain(explain::Arguments),
     /// Say what other rules would change: which events each sink would gain and lose
+    #[command(after_help = examples::DIFF)]
     Diff(diff::Arguments),
     /// Post realistic sample events, for trials and load
+    #[command(after_help = examples::SEND)]
     Send(send::Arguments),
     /// Show what a running relay and its sinks are doing
+    #[command(after_help = examples::STATUS)]
     Status(status::Arguments),
     /// List deliveries that will not be tried again; try them again, or discard them
-    #[command(subcommand)]
+    #[command(subcommand, after_help = examples::DEAD_LETTERS)]
     DeadLetters(letters::Command),
     /// Send events again that the journal still keeps
+    #[command(after_help = examples::REPLAY)]
     Replay(replay::Arguments),
     /// Begin no more attempts for a sink; its events wait
+    #[command(after_help = examples::PAUSE)]
     Pause(status::Sink),
     /// Go on after a pause
+    #[command(after_help = examples::RESUME)]
     Resume(status::Sink),
     /// Let a running relay read settings, rules, secrets and certificates again; exit status 64 if they can't be used
+    #[command(after_help = examples::RELOAD)]
     Reload,
     /// Wait until a running relay has delivered everything, before it is scaled in
+    #[command(after_help = examples::DRAIN)]
     Drain(drain::Arguments),
     /// Check what a stopped relay has on disk; exit status 1 if it is damaged
+    #[command(after_help = examples::FSCK)]
     Fsck(fsck::Arguments),
     /// Print a script that completes commands and options in a shell
+    #[command(after_help = examples::COMPLETIONS)]
     Completions(completions::Completions),
     /// Write the manual pages
+    #[command(after_help = examples::MAN)]
     Man(completions::Manual),
 }
 

@@ -28,14 +28,13 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "CONDITIONS")]
     when: Option<String>,
     /// How many a second
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     rate: Option<u32>,
 }
 
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let api = Api::new(global)?;
-    let rate = arguments.rate.filter(|rate| *rate > 0);
-    let limit = rate.map_or(CHUNK, |rate| u64::from(rate).clamp(1, CHUNK));
+    let limit = arguments.rate.map_or(CHUNK, |rate| u64::from(rate).clamp(1, CHUNK));
     let mut body = Map::new();
     let mut say = |name: &str, value: Value| drop(body.insert(name.to_owned(), value));
     say("sink", json!(arguments.sink));
@@ -60,7 +59,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
         let Some(next) = next else { break };
         body.insert("from".to_owned(), json!(next));
         body.insert("up_to".to_owned(), json!(up_to));
-        if let Some(rate) = rate {
+        if let Some(rate) = arguments.rate {
             std::thread::sleep(Duration::from_secs(count) / rate);
         }
     }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -11,7 +12,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use hdrhistogram::Histogram;
 use http::StatusCode;
 use indicatif::ProgressBar;
@@ -21,10 +22,14 @@ use super::{Global, bar, print};
 use crate::config::Config;
 use crate::ingress::{AuthConfig, Signed};
 
+/// The rates that can be kept, in events a second.
+const RATES: RangeInclusive<f64> = 0.001..=1_000_000.0;
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a sender pauses after it could not connect.
 const PAUSE: Duration = Duration::from_millis(50);
+/// The most requests at once; this machine has not many more ports.
+const MAX_CONNECTIONS: u64 = 10_000;
 /// The longest latency that is told apart, in microseconds.
 const MAX_LATENCY_US: u64 = 60_000_000;
 
@@ -34,12 +39,12 @@ pub(super) struct Arguments {
     #[arg(long, default_value_t = 100)]
     count: u64,
     /// How many events a second; without it, as fast as they are answered
-    #[arg(long)]
+    #[arg(long, value_parser = rate)]
     rate: Option<f64>,
     /// Where to [default: this machine, at the port and path of the settings]
     #[arg(long)]
     url: Option<String>,
-    /// The token [default: the first of the settings, or the one that the relay made up]
+    /// The token [default: the first of the settings, or the one that the relay made up, or none]
     #[arg(long)]
     token: Option<String>,
     /// PEM file with the authorities to trust [default: the system's]
@@ -49,7 +54,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     cert: Option<PathBuf>,
     /// How many requests at once
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=MAX_CONNECTIONS))]
     connections: u64,
     /// Makes the events differ from those of another run
     #[arg(long, default_value_t = 0)]
@@ -63,9 +68,9 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     let (config, _) = global.settings()?;
     let sender = Sender::new(arguments, &config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let started = Instant::now();
+    let (started, has_token) = (Instant::now(), sender.token.is_some());
     let tally = runtime.block_on(sender.send(arguments, global.json))?;
-    print(&tally.summary(started.elapsed(), global.json)?)?;
+    print(&tally.summary(started.elapsed(), global.json, has_token)?)?;
     Ok(if tally.accepted == arguments.count { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -115,13 +120,13 @@ impl Sender {
         let progress = if json { ProgressBar::hidden() } else { ProgressBar::new(arguments.count) };
         progress.set_style(bar()?);
         let started = tokio::time::Instant::now();
-        let connections = (0..arguments.connections.clamp(1, arguments.count.max(1))).map(|_| async {
+        let connections = (0..arguments.connections.min(arguments.count)).map(|_| async {
             loop {
                 let number = self.next.fetch_add(1, Ordering::Relaxed);
                 if number >= arguments.count {
                     return;
                 }
-                if let Some(rate) = arguments.rate.filter(|rate| *rate > 0.0) {
+                if let Some(rate) = arguments.rate {
                     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
                     let due = Duration::from_secs_f64(number as f64 / rate);
                     tokio::time::sleep_until(started + due).await;
@@ -175,8 +180,8 @@ impl Tally {
                 status.as_u16().to_string()
             }
             Err(error) if error.is_timeout() => "no answer in time".to_owned(),
-            Err(error) if error.is_connect() => "not connected".to_owned(),
-            Err(_) => "connection lost".to_owned(),
+            Err(error) if error.is_connect() => format!("not connected: {}", causes(&error)),
+            Err(error) => format!("connection lost: {}", causes(&error)),
         };
         *self.answers.entry(answer).or_default() += 1;
     }
@@ -191,7 +196,8 @@ impl Tally {
         }
     }
 
-    fn summary(&self, took: Duration, json: bool) -> anyhow::Result<String> {
+    /// What came of it, as JSON or for people. Whoever was refused without a token is told how to give one.
+    fn summary(&self, took: Duration, json: bool, has_token: bool) -> anyhow::Result<String> {
         let latency = |quantile| self.latencies_us.value_at_quantile(quantile);
         let rate = Duration::from_secs(self.accepted.min(u32::MAX.into())).as_secs_f64() / took.as_secs_f64().max(1e-9);
         if json {
@@ -201,7 +207,8 @@ impl Tally {
         }
         let mut text = format!("{} accepted in {:.2} s, {rate:.0}/s\n", self.accepted, took.as_secs_f64());
         for (answer, count) in &self.answers {
-            writeln!(text, "  {count:>8}  {answer}")?;
+            let hint = if answer == "401" && !has_token { NO_TOKEN } else { "" };
+            writeln!(text, "  {count:>8}  {answer}{hint}")?;
         }
         let ms = |quantile| Duration::from_micros(latency(quantile)).as_secs_f64() * 1000.0;
         writeln!(text, "latency in ms: p50 {:.2}, p90 {:.2}, p99 {:.2}", ms(0.5), ms(0.9), ms(0.99))?;
@@ -209,9 +216,30 @@ impl Tally {
     }
 }
 
+/// Stands beside the 401 of a relay that may want a token.
+const NO_TOKEN: &str = ": no token was sent, since none is configured here; give --token";
+
+/// Why there is no answer, from the outside in.
+fn causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// A rate as the command line takes it.
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate| RATES.contains(rate));
+    rate.ok_or_else(|| format!("give a number from {} to {}", RATES.start(), RATES.end()))
+}
+
 /// The header to send, and its value.
 fn token(arguments: &Arguments, config: &Config) -> anyhow::Result<Option<(String, String)>> {
-    let AuthConfig::Tokens { header, tokens } = &config.ingress.auth else { return Ok(None) };
+    let default = AuthConfig::default();
+    let auth = match &config.ingress.auth {
+        // Here nobody wants a token, but the one that is given may be meant for elsewhere.
+        AuthConfig::None if arguments.token.is_some() => &default,
+        auth => auth,
+    };
+    let AuthConfig::Tokens { header, tokens } = auth else { return Ok(None) };
     if let Some(token) = &arguments.token {
         return Ok(Some((header.clone(), token.clone())));
     }
@@ -221,7 +249,9 @@ fn token(arguments: &Arguments, config: &Config) -> anyhow::Result<Option<(Strin
     let path = crate::ingress::generated_token_path(&config.data_dir);
     match std::fs::read_to_string(&path) {
         Ok(token) => Ok(Some((header.clone(), token.trim().to_owned()))),
-        Err(error) => bail!("no token: give --token, or start the relay here first ({}: {error})", path.display()),
+        // The relay may be elsewhere, and want none.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("can't read {}", path.display())),
     }
 }
 

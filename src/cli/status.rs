@@ -29,7 +29,7 @@ pub(super) struct Sink {
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let api = Api::new(global)?;
     loop {
-        let status = api.get(&["status"], &[])?;
+        let status: Value = api.get(&["status"], &[])?;
         let text = if global.json { format!("{status}\n") } else { show(&status) };
         // On a terminal each takes the place of the one before.
         let clear = arguments.watch && !global.json && std::io::stdout().is_terminal();

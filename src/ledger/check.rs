@@ -2,11 +2,15 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, params_from_iter};
+use tempfile::TempDir;
+use url::Url;
 
 use super::{LedgerError, schema};
 use crate::journal::Position;
@@ -15,6 +19,9 @@ use crate::journal::Position;
 const TABLES: [(&str, bool); 3] = [("cursors", false), ("parked", true), ("dead_letters", true)];
 /// How many problems SQLite is asked for.
 const MAX_PROBLEMS: usize = 20;
+const READ_ONLY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_ONLY.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
+/// What a copy is called.
+const COPY: &str = "ledger.sqlite";
 
 /// What a ledger holds, and what is wrong with it.
 #[derive(Debug, Default)]
@@ -42,17 +49,26 @@ pub struct Salvaged {
     pub aside: PathBuf,
 }
 
-/// Looks at a ledger, and changes nothing. `is_event` says whether a stored event can be read.
-pub fn check(path: &Path, is_event: impl Fn(Bytes) -> bool) -> Report {
+/// Looks at a ledger, and changes nothing: it may lie where nothing can be written. `is_event` says whether a stored event
+/// can be read.
+///
+/// # Errors
+///
+/// What SQLite has not finished takes a copy of the ledger to be read, in the folder for temporary files; it can't be made.
+pub fn check(path: &Path, is_event: impl Fn(Bytes) -> bool) -> io::Result<Report> {
     let mut report = Report::default();
-    if let Err(error) = look(path, is_event, &mut report) {
+    let copy = copy_unfinished(path)?;
+    let opened = match &copy {
+        Some(copy) => read_only(&copy.path().join(COPY)),
+        None => unchanging(path),
+    };
+    if let Err(error) = opened.and_then(|connection| look(&connection, is_event, &mut report)) {
         report.problems.push(error.to_string());
     }
-    report
+    Ok(report)
 }
 
-fn look(path: &Path, is_event: impl Fn(Bytes) -> bool, report: &mut Report) -> rusqlite::Result<()> {
-    let connection = read_only(path)?;
+fn look(connection: &Connection, is_event: impl Fn(Bytes) -> bool, report: &mut Report) -> rusqlite::Result<()> {
     let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
     if version != schema::VERSION {
         report.problems.push(format!("schema version {version}, where this engage-relay has {}", schema::VERSION));
@@ -112,13 +128,9 @@ pub fn salvage(path: &Path, quarantine: &Path) -> Result<Salvaged, LedgerError> 
     fs::create_dir_all(quarantine).map_err(LedgerError::Move)?;
     salvaged.aside = quarantine.join(format!("ledger.sqlite.{}", super::now()));
     for ending in ["", "-wal", "-shm"] {
-        let with_ending = |path: &Path| {
-            let mut name = OsString::from(path);
-            name.push(ending);
-            PathBuf::from(name)
-        };
-        if with_ending(path).exists() {
-            fs::rename(with_ending(path), with_ending(&salvaged.aside)).map_err(LedgerError::Move)?;
+        let beside = with_ending(path, ending);
+        if beside.exists() {
+            fs::rename(beside, with_ending(&salvaged.aside, ending)).map_err(LedgerError::Move)?;
         }
     }
     fs::rename(&fresh, path).map_err(LedgerError::Move)?;
@@ -138,8 +150,39 @@ pub fn raise_cursors(path: &Path, oldest: Position) -> Result<(), LedgerError> {
     Ok(())
 }
 
+/// SQLite may make files beside it even so.
 fn read_only(path: &Path) -> rusqlite::Result<Connection> {
-    Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+    Connection::open_with_flags(path, READ_ONLY)
+}
+
+/// Nothing is made beside it, and what is there is not read.
+fn unchanging(path: &Path) -> rusqlite::Result<Connection> {
+    let wrong = || rusqlite::Error::InvalidPath(path.to_owned());
+    let mut url = std::path::absolute(path).ok().and_then(|path| Url::from_file_path(path).ok()).ok_or_else(wrong)?;
+    url.set_query(Some("immutable=1"));
+    Connection::open_with_flags(url.as_str(), READ_ONLY | OpenFlags::SQLITE_OPEN_URI)
+}
+
+/// A copy of a ledger that was not closed: what was written last is in a file beside it, and SQLite reads that only where it
+/// can write.
+fn copy_unfinished(path: &Path) -> io::Result<Option<TempDir>> {
+    let has_content = |ending: &&str| fs::metadata(with_ending(path, ending)).is_ok_and(|file| file.len() > 0);
+    let unfinished: Vec<_> = ["-wal", "-journal"].into_iter().filter(has_content).collect();
+    if unfinished.is_empty() {
+        return Ok(None);
+    }
+    // Only its owner may look into it: there are phone numbers in events.
+    let dir = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o700)).tempdir()?;
+    for ending in [""].into_iter().chain(unfinished) {
+        fs::copy(with_ending(path, ending), with_ending(&dir.path().join(COPY), ending))?;
+    }
+    Ok(Some(dir))
+}
+
+fn with_ending(path: &Path, ending: &str) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(ending);
+    name.into()
 }
 
 /// Copies the rows that can be read, from the front and, behind damage, from the back; how many, and whether all were.

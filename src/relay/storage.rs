@@ -38,7 +38,7 @@ pub(super) struct Opened {
 
 /// What has to be closed in the end.
 pub(super) enum Storage {
-    Disk { _lock: File, journal: Journal, ledger: Ledger, thread: JoinHandle<()>, health: watch::Receiver<Health> },
+    Disk { _lock: Vec<File>, journal: Journal, ledger: Ledger, thread: JoinHandle<()>, health: watch::Receiver<Health> },
     Kafka,
 }
 
@@ -226,35 +226,50 @@ impl Carriers {
     }
 }
 
-/// Makes the data directory and keeps other processes out of it for as long as the file is open.
-pub(crate) fn lock_data_dir(dir: &Path) -> Result<File, RunError> {
+/// Makes the data directory and keeps other processes out of it for as long as the files are open.
+pub(crate) fn lock_data_dir(dir: &Path) -> Result<Vec<File>, RunError> {
     let error = |source| RunError::DataDir { dir: dir.to_owned(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(error)?;
     let lock = File::options().create(true).write(true).truncate(false).open(dir.join("lock")).map_err(error)?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(RunError::Locked { dir: dir.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(error(source)),
+    // The directory as well, since somebody may delete the file. Not every file system can lock directories.
+    let folder = File::open(dir).map_err(error)?;
+    match (lock.try_lock(), folder.try_lock()) {
+        (Err(TryLockError::WouldBlock), _) | (_, Err(TryLockError::WouldBlock)) => {
+            Err(RunError::Locked { dir: dir.to_owned() })
+        }
+        (Err(TryLockError::Error(source)), _) => Err(error(source)),
+        (Ok(()), Ok(()) | Err(TryLockError::Error(_))) => Ok(vec![lock, folder]),
+    }
+}
+
+/// Keeps relays out of a data directory for as long as the files are open, and changes nothing in it. Where nothing can be
+/// locked, as on some that can only be read, no relay can run either.
+pub(crate) fn share_data_dir(dir: &Path) -> Result<Vec<File>, RunError> {
+    let files: Vec<_> = [dir.join("lock"), dir.to_owned()].iter().filter_map(|path| File::open(path).ok()).collect();
+    match files.iter().any(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))) {
+        true => Err(RunError::Locked { dir: dir.to_owned() }),
+        false => Ok(files),
     }
 }
 
 fn report(finding: &Finding) {
-    let Finding { kind, file, offset, bytes, lost } = finding;
+    let Finding { kind, file, offset, bytes, lost, kept } = finding;
     let (kind_name, file) = (kind.as_str(), file.display());
+    let quarantine = kept.as_ref().map(|path| tracing::field::display(path.display()));
     match (kind, lost) {
         (Found::Foreign, _) => warn!(%file, "a file in the journal's directory is not the journal's; it is left alone"),
         (_, Some((from, to))) => {
             let (first, lost) = (from.to_stored(), to.since(*from));
-            error!(kind = kind_name, %file, offset, bytes, first, lost, "events are lost from the journal; what was left of them is in quarantine");
+            error!(kind = kind_name, %file, offset, bytes, first, lost, quarantine, "events are lost from the journal");
         }
         (Found::Segment, None) => {
-            error!(kind = kind_name, %file, bytes, "a journal file was not readable; it is in quarantine")
+            error!(kind = kind_name, %file, bytes, quarantine, "a journal file was not readable; it is in quarantine")
         }
         (Found::TornTail, None) => {
-            warn!(kind = kind_name, %file, offset, bytes, "the journal's end was cut off: what was being written when the relay was stopped had not been acknowledged, unless the disk has lost what it had synced");
+            warn!(kind = kind_name, %file, offset, bytes, quarantine, "the journal's end was cut off: what was being written when the relay was stopped had not been acknowledged, unless the disk has lost what it had synced");
         }
         (Found::Header | Found::Damaged | Found::Missing, None) => {
-            warn!(kind = kind_name, %file, offset, bytes, "the journal was repaired; nothing that was acknowledged is lost");
+            warn!(kind = kind_name, %file, offset, bytes, quarantine, "the journal was repaired; nothing that was acknowledged is lost");
         }
     }
 }

@@ -293,7 +293,7 @@ const PROBLEMS: [&str; 36] = [
 
 #[test]
 fn reports_all_problems_at_once() {
-    let problems: Vec<_> = read(MISTAKES).1.iter().map(|p| p.to_string().split_off(2)).collect();
+    let problems: Vec<_> = read(MISTAKES).1.iter().map(Problem::said).collect();
     for (found, expected) in problems.iter().zip(PROBLEMS) {
         assert_eq!(found, expected);
     }
@@ -303,7 +303,7 @@ fn reports_all_problems_at_once() {
 #[test]
 fn syntax_errors_have_no_consequences() {
     let check = |source: &str, expected: &[&str]| {
-        let problems: Vec<_> = read(source).1.iter().map(|p| p.to_string().split_off(2)).collect();
+        let problems: Vec<_> = read(source).1.iter().map(Problem::said).collect();
         assert_eq!(problems, expected, "{source}");
     };
     // The sink that got lost is not unknown, and the one that only the lost line names not unused.

@@ -42,7 +42,7 @@ fn uncommented() -> (String, TempDir) {
 
 fn compile(source: &str) -> Result<(Rules, Vec<Problem>), Vec<String>> {
     Rules::compile("r", source, &Sample).map_err(|error| match error {
-        RulesError::Problems { problems } => problems.iter().map(ToString::to_string).collect(),
+        RulesError::Problems { problems } => problems.iter().map(Problem::said).collect(),
         RulesError::Read { .. } => panic!("{error}"),
     })
 }
@@ -196,58 +196,68 @@ fn lanes_take_what_the_sink_says() {
 #[test]
 fn reports_problems_of_all_parts() {
     let check = |source: &str, expected: &[&str]| {
-        let found = compile(source).map(|(_, problems)| problems.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let found = compile(source).map(|(_, problems)| problems.iter().map(Problem::said).collect::<Vec<_>>());
         let (Ok(found) | Err(found)) = found;
         assert_eq!(found, expected, "{source}");
     };
     const A: &str = "[sinks.a]\ntype = 'stdout'\n";
     const ROUTE: &str = "[[routes]]\nto = ['a']\n";
     check(&format!("{A}{ROUTE}"), &[]);
-    check(A, &["r:1:8: warning: no route leads to the sink `a`"]);
+    check(A, &["1:8: warning: no route leads to the sink `a`"]);
     check("", &[]);
-    check(
-        &format!("{A}{ROUTE}[unrouted]\nkeep = true\n[sink]\n"),
-        &["r:7:2: unknown key `sink`; did you mean `sinks`?"],
-    );
+    check(&format!("{A}{ROUTE}[unrouted]\nkeep = true\n[sink]\n"), &["7:2: unknown key `sink`; did you mean `sinks`?"]);
     check(
         &format!("{A}{ROUTE}[sinks.unrouted]\ntype = 'stdout'\n[[routes]]\nto = ['unrouted']\n"),
-        &["r:5:8: the name `unrouted` is reserved for events that no route matches"],
+        &["5:8: the name `unrouted` is reserved for events that no route matches"],
     );
     check(
         &format!("{A}strat = 1\ndelivery = {{ concurrency = 0, rate = '5/s', oder_by = 'none' }}\n{ROUTE}"),
         &[
-            "r:3:1: unknown key `strat`; did you mean `start`?",
-            "r:4:28: `concurrency` is 0; it must be from 1 to 100000",
-            "r:4:45: unknown key `oder_by`; did you mean `order_by`?",
+            "3:1: unknown key `strat`; did you mean `start`?",
+            "4:28: `concurrency` is 0; it must be from 1 to 100000",
+            "4:45: unknown key `oder_by`; did you mean `order_by`?",
         ],
     );
     check(
         &format!("{A}[sinks.a.delivery]\nbackoff = {{ initial = '2s', max = '1s' }}\nbreaker.failures = 0\n{ROUTE}"),
-        &["r:4:35: `max` is shorter than `initial`", "r:5:20: `failures` is 0; it must be at least 1"],
+        &["4:35: `max` is shorter than `initial`", "5:20: `failures` is 0; it must be at least 1"],
     );
     let delivery = |delivery: &str, expected: &str| {
         check(&format!("{A}[sinks.a.delivery]\n{delivery}\n{ROUTE}"), &[expected]);
     };
     const RATE: &str = "; give a number per time, such as \"200/s\", \"90/m\" or \"1000/h\"";
     for rate in ["5", "0/s", "-1/s", "5/d", "x/s", "1000000001/s"] {
-        delivery(&format!("rate = '{rate}'"), &format!("r:4:8: `rate` is \"{rate}\"{RATE}"));
+        delivery(&format!("rate = '{rate}'"), &format!("4:8: `rate` is \"{rate}\"{RATE}"));
     }
-    delivery("max_attempts = 0", "r:4:16: `max_attempts` is 0; it must be from 1 to 4294967295");
-    delivery("max_parked = 0", "r:4:14: `max_parked` is 0; it must be from 1 to 10000000");
-    delivery("max_parked = 10000001", "r:4:14: `max_parked` is 10000001; it must be from 1 to 10000000");
-    delivery("max_age = '0s'", "r:4:11: `max_age` is 0; give a time such as \"10s\"");
-    delivery("schedule = []", "r:4:12: `schedule` is empty; give the waits, such as [\"5s\", \"5m\"]");
-    delivery("schedule = ['5s']\nbackoff = { initial = '1s' }", "r:4:12: `schedule` and `backoff` exclude each other");
+    delivery("max_attempts = 0", "4:16: `max_attempts` is 0; it must be from 1 to 4294967295");
+    delivery("max_parked = 0", "4:14: `max_parked` is 0; it must be from 1 to 10000000");
+    delivery("max_parked = 10000001", "4:14: `max_parked` is 10000001; it must be from 1 to 10000000");
+    delivery("max_age = '0s'", "4:11: `max_age` is 0; give a time such as \"10s\"");
+    delivery("schedule = []", "4:12: `schedule` is empty; give the waits, such as [\"5s\", \"5m\"]");
+    delivery("schedule = ['5s']\nbackoff = { initial = '1s' }", "4:12: `schedule` and `backoff` exclude each other");
     // A sink with problems is there for routes: the problem is reported once.
     check(
         &format!("[sinks.a]\ntype = 'stdin'\n{ROUTE}"),
-        &["r:2:8: unknown variant `stdin`, expected one of `http`, `kafka`, `rabbitmq`, `stdout`"],
+        &["2:8: unknown variant `stdin`, expected one of `http`, `kafka`, `rabbitmq`, `stdout`"],
     );
-    check(&format!("[sinks.a]\n{ROUTE}"), &["r:1:1: `type` is missing"]);
+    check(&format!("[sinks.a]\n{ROUTE}"), &["1:1: `type` is missing"]);
+    check(
+        &format!("[sinks.a]\ntype = 'http'\nurl = 'http://h/'\nheaders = {{ host = 'x', a = 'y', A = 'z' }}\n{ROUTE}"),
+        &["4:13: \"host\" cannot be set: it belongs to the connection", "4:34: \"A\" is there twice"],
+    );
     check(
         &format!("{A}{ROUTE}[sinks.b]\ntype = 'http'\nurl = 'https://x/${{CRM_TOKEN}}/{{staus}}'\n"),
-        &["r:5:8: warning: no route leads to the sink `b`", "r:7:7: unknown field `staus`; did you mean `status`?"],
+        &["5:8: warning: no route leads to the sink `b`", "7:7: unknown field `staus`; did you mean `status`?"],
     );
+}
+
+/// What is refused says what has to be mended. A warning beside it may be a consequence.
+#[test]
+fn refusals_are_of_errors() {
+    let source = "[sinks.a]\ntype = 'stdout'\n[[routes]]\nto = ['b']\n";
+    let Err(error) = Rules::compile("r", source, &Sample) else { panic!("there is no sink b") };
+    assert_eq!(error.to_string(), "r:4:7: unknown sink `b`; known are a");
+    assert!(matches!(error, RulesError::Problems { problems } if problems.len() == 2));
 }
 
 #[test]

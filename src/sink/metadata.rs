@@ -11,7 +11,7 @@ use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode
 use serde::Deserialize;
 
 use super::Attempt;
-use crate::document::Section;
+use crate::document::{Key, Section};
 use crate::event::{Event, Field};
 use crate::telemetry::Begin;
 use crate::template::Template;
@@ -122,24 +122,24 @@ pub(super) fn read_format(section: &mut Section<'_>) -> Format {
     section.get("format").unwrap_or_default()
 }
 
-/// Reads the sink's own `headers`. Names that the relay sets, and those that `check` objects to, are problems.
+/// Reads the sink's own `headers`. Names that the relay sets, and what `check` objects to, are problems.
 pub(super) fn read_headers(
     section: &mut Section<'_>,
     binding: Binding,
-    check: impl Fn(&str) -> Option<String>,
+    check: impl Fn(&str, &Template) -> Option<String>,
 ) -> Vec<(String, Template)> {
     let headers = section.templates("headers");
-    for (position, (name, _)) in headers.iter().enumerate() {
+    for (position, (Key { name, place }, template)) in headers.iter().enumerate() {
         if binding.is_reserved(name) {
-            section.problem("headers", format!("{name:?} is set by the relay itself"));
-        } else if let Some(problem) = check(name) {
-            section.problem("headers", problem);
+            section.problem_at(place, format!("{name:?} is set by the relay itself"));
+        } else if let Some(problem) = check(name, template) {
+            section.problem_at(place, problem);
         }
-        if headers.iter().take(position).any(|(earlier, _)| earlier.eq_ignore_ascii_case(name)) {
-            section.problem("headers", format!("{name:?} is there twice"));
+        if headers.iter().take(position).any(|(earlier, _)| earlier.name.eq_ignore_ascii_case(name)) {
+            section.problem_at(place, format!("{name:?} is there twice"));
         }
     }
-    headers
+    headers.into_iter().map(|(key, template)| (key.name.to_owned(), template)).collect()
 }
 
 fn attributes(event: &Event) -> impl Iterator<Item = (&'static str, String)> {

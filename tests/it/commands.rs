@@ -77,6 +77,13 @@ async fn check_reports_every_mistake_with_its_place() {
 }
 
 #[tokio::test]
+async fn check_says_once_what_is_a_warning() {
+    let done = Setup::new("[sinks.idle]\ntype = \"stdout\"\n").run(&["check"], "").await;
+    let expected = "warning: routes.toml:1:8: no route leads to the sink `idle`\nroutes.toml: ok, 0 routes, 1 sinks\n";
+    assert_eq!((done.code, &*done.stdout), (Some(0), expected), "{done:?}");
+}
+
+#[tokio::test]
 async fn check_accepts_the_shipped_rules() {
     let done = Setup::new(SHIPPED).run(&["check"], "").await;
     assert_eq!(done.code, Some(0), "{done:?}");
@@ -201,6 +208,8 @@ async fn explain_says_what_each_sink_would_be_sent() {
     assert_eq!(sinks, ["crm", "analytics", "ops", "screen"]);
     let all = done.stdout + &done.stderr + &json.stdout + &json.stderr;
     assert!(!all.contains("s3cret") && !all.contains("czNjcmV0"), "a secret is in {all}");
+    let dash = setup.run(&["explain", "-"], SAMPLE).await;
+    assert!(dash.code == Some(0) && dash.stdout.contains("sink crm (by route argentina)"), "{dash:?}");
     let bad = setup.run(&["explain"], "[]").await;
     assert!(bad.code == Some(1) && bad.stderr.contains("array"), "{bad:?}");
 }
@@ -257,6 +266,38 @@ async fn send_posts_and_sums_up() {
     );
 }
 
+/// Without a token in its settings it sends none, and without an answer it says why.
+#[tokio::test]
+async fn send_needs_no_token_and_says_what_went_wrong() {
+    let elsewhere = Setup::new("").without("RELAY_INGRESS__AUTH__TOKENS");
+    let send = async |url: &str| elsewhere.run(&["send", "--count", "3", "--url", url], "").await;
+    let open = elsewhere.clone().env("RELAY_INGRESS__AUTH", "none").start().await;
+    let done = send(&open.url()).await;
+    assert!(done.code == Some(0) && done.stdout.starts_with("3 accepted in "), "{done:?}");
+    let plain = open.url();
+    open.stop().await;
+    let guarded = Setup::new("").start().await;
+    for (url, expected) in [
+        (guarded.url(), "3  401: no token was sent, since none is configured here; give --token"),
+        (
+            guarded.url().replace("http:", "https:"),
+            "3  not connected: client error (Connect): received corrupt message",
+        ),
+        (plain, "3  not connected: client error (Connect): tcp connect error: Connection refused"),
+    ] {
+        let done = send(&url).await;
+        assert!(done.code == Some(1) && done.stdout.contains(expected), "{expected:?}: {done:?}");
+    }
+    // One that is given is sent.
+    let nobody = elsewhere.clone().env("RELAY_INGRESS__AUTH", "none");
+    let given = nobody.run(&["send", "--count", "3", "--url", &guarded.url(), "--token", TOKEN.1], "").await;
+    assert_eq!(given.code, Some(0), "{given:?}");
+    // One that a relay made up here is found.
+    let generated = Setup::new("").without("RELAY_INGRESS__AUTH__TOKENS");
+    let relay = generated.start().await;
+    assert_eq!(generated.run(&["send", "--count", "3", "--url", &relay.url()], "").await.code, Some(0));
+}
+
 #[tokio::test]
 async fn the_shipped_rules_work_as_shipped() {
     let relay = Setup::new(SHIPPED).start().await;
@@ -279,6 +320,12 @@ async fn what_keeps_it_from_starting() {
     let done = setup.run(&[], "").await;
     assert_eq!(done.code, Some(1), "{done:?}");
     assert!(done.stderr.contains("another process uses the data directory data"), "{done:?}");
+    // Also if somebody has deleted the lock.
+    std::fs::remove_file(setup.dir().join("data/lock")).unwrap();
+    for command in [&["run"][..], &["fsck"], &["fsck", "--repair"]] {
+        let done = setup.run(command, "").await;
+        assert!(done.code == Some(1) && done.stderr.contains("another process uses the data directory"), "{done:?}");
+    }
     relay.post(event(1, "sent")).await.ids();
     let setup = Setup::new(SHIPPED).env("RELAY_DATA_DIR", "file/data");
     setup.file("file", "not a directory");
@@ -297,13 +344,23 @@ async fn the_command_line() {
     {
         assert!(help.stdout.contains(text), "{text:?} is not in\n{}", help.stdout);
     }
-    for command in ["run", "check", "explain", "send"] {
+    for command in ["run", "check", "explain", "send", "fsck"] {
         let help = setup.run(&[command, "--help"], "").await;
         assert!(help.code == Some(0) && help.stdout.contains("Usage: engage-relay"), "{help:?}");
+        assert!(help.stdout.contains(&format!("Examples:\n  engage-relay {command}")), "{help:?}");
     }
-    for wrong in [&["--unknown"][..], &["fly"], &["send", "--count", "many"]] {
+    for (wrong, about) in [
+        (&["--unknown"][..], "--unknown"),
+        (&["fly"], "fly"),
+        (&["send", "--count", "many"], "many"),
+        (&["send", "--rate", "0"], "give a number from 0.001 to 1000000"),
+        (&["send", "--rate", "nan"], "give a number from 0.001 to 1000000"),
+        (&["send", "--connections", "0"], "0 is not in 1..=10000"),
+        (&["replay", "--sink", "x", "--rate", "0"], "0 is not in 1.."),
+        (&["dead-letters", "replay", "--all", "--rate", "0"], "0 is not in 1.."),
+    ] {
         let done = setup.run(wrong, "").await;
         assert_eq!(done.code, Some(2), "{done:?}");
-        assert!(done.stderr.contains("--help"), "{done:?}");
+        assert!(done.stderr.contains("--help") && done.stderr.contains(about), "{about:?}: {done:?}");
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
@@ -37,14 +38,15 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
     }
     inbox.wait_for_ids("HTTP", posted).await;
     relay.stop().await;
-    let clean = setup.run(&["fsck", "--json"], "").await;
-    assert_eq!(clean.code, Some(0), "{clean:?}");
+    let clean = setup.run(&["fsck"], "").await;
+    let said = clean.stdout.contains("journal: 300 events, up to position 300\n");
+    assert!(clean.code == Some(0) && said, "{clean:?}");
     assert!(segments(&setup).len() > 2);
 
     damage(&setup);
+    let files = files(&setup);
     let found = setup.run(&["fsck", "data", "--json"], "").await;
-    let again = setup.run(&["fsck", "data", "--json"], "").await;
-    assert_eq!(found.stdout, again.stdout, "looking changes nothing");
+    assert_eq!(self::files(&setup), files, "looking changes nothing");
     let repaired = setup.run(&["fsck", "--repair", "--json"], "").await;
     let parse = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
     let (before, after) = (parse(&found.stdout), parse(&repaired.stdout));
@@ -53,6 +55,8 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
         (Some(if before["ok"] == true { 0 } else { 1 }), before["ok"].as_bool())
     );
     assert_eq!((repaired.code, after["ok"].as_bool()), (Some(0), Some(true)), "{repaired:?}");
+    assert_eq!(before["journal"]["events"], 300 - lost(&before), "{before}");
+    assert_eq!(after["journal"]["events"], before["journal"]["events"], "what is there stays");
     assert_eq!(setup.run(&["fsck"], "").await.code, Some(0));
 
     let relay = setup.start().await;
@@ -62,6 +66,24 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
     assert!(running.code == Some(1) && running.stderr.contains("another process"), "{running:?}");
     relay.stop().await;
     (before, after)
+}
+
+/// Names, content and times of all files.
+fn files(setup: &Setup) -> Vec<(PathBuf, SystemTime, Vec<u8>)> {
+    let data = setup.dir().join("data");
+    let all = [data.clone(), data.join("journal")].into_iter().flat_map(|dir| fs::read_dir(dir).expect("a folder"));
+    let file = |path: PathBuf| {
+        let modified = fs::metadata(&path).and_then(|file| file.modified()).expect("a time");
+        (path.clone(), modified, fs::read(path).unwrap_or_default())
+    };
+    let mut files: Vec<_> = all.map(|entry| file(entry.expect("an entry").path())).collect();
+    files.sort();
+    files
+}
+
+fn lost(report: &Value) -> u64 {
+    let findings = report["journal"]["findings"].as_array().expect("a list");
+    findings.iter().filter_map(|finding| finding["lost_events"].as_u64()).sum()
 }
 
 fn kinds(report: &Value) -> Vec<&str> {
@@ -75,15 +97,20 @@ async fn damage_to_the_journal_is_found_and_repaired() {
     assert_eq!(kinds(&before), ["damaged"]);
     assert!(before["journal"]["findings"][0]["lost_events"].as_u64() >= Some(1), "{before}");
 
-    let (before, _) = fsck(|setup| write(&segments(setup)[1], 0, &[0; 40])).await;
+    let (before, after) = fsck(|setup| write(&segments(setup)[1], 0, &[0; 40])).await;
     assert_eq!(kinds(&before), ["header"]);
+    assert!(
+        after["repaired"][0].as_str().is_some_and(|done| done.ends_with("what was damaged is in data/quarantine")),
+        "{after}"
+    );
 
     let (before, after) = fsck(|setup| write(&segments(setup)[1], 0, &[0; FIRST_RECORD as usize])).await;
     assert_eq!(kinds(&before), ["segment", "missing"]);
     assert!(after["repaired"][0].as_str().is_some_and(|done| done.contains("quarantine")), "{after}");
 
-    let (before, _) = fsck(|setup| fs::remove_file(&segments(setup)[1]).expect("it goes")).await;
+    let (before, after) = fsck(|setup| fs::remove_file(&segments(setup)[1]).expect("it goes")).await;
     assert_eq!(kinds(&before), ["missing"]);
+    assert_eq!(after["repaired"], json!(["journal: 1 repaired"]), "nothing is left of it");
 
     // The last is gone, and sinks have read it: that there was more is known from the ledger.
     let (before, _) = fsck(|setup| fs::remove_file(segments(setup).pop().expect("the last")).expect("it goes")).await;
@@ -114,10 +141,15 @@ async fn a_torn_tail_is_cut_off_and_what_is_before_it_is_delivered() {
     file.set_len(u64::try_from(end).expect("it is small") - 100).expect("it can be cut");
     let torn = posted.pop().expect("five were posted");
 
+    let before = files(&setup);
+    let unfinished = before.iter().find(|(path, ..)| path.ends_with("ledger.sqlite-wal"));
+    assert!(unfinished.is_some_and(|(_, _, content)| !content.is_empty()), "the ledger was not closed");
     let found = setup.run(&["fsck", "--json"], "").await;
+    assert_eq!(files(&setup), before, "looking changes nothing");
     let report: Value = serde_json::from_str(&found.stdout).expect("JSON");
     assert_eq!((found.code, kinds(&report)), (Some(1), vec!["torn_tail"]), "{report}");
     assert_eq!(report["journal"]["findings"][0]["lost_events"], 0, "{report}");
+    assert_eq!(report["ledger"]["cursors"]["http"], 1, "what was written last counts");
     let repaired = setup.run(&["fsck", "--repair"], "").await;
     assert_eq!(repaired.code, Some(0), "{repaired:?}");
 
@@ -139,6 +171,18 @@ async fn damage_to_the_ledger_is_found_and_what_is_left_is_saved() {
     })
     .await;
     assert_eq!(before["ledger"]["problems"], json!(["ledger.sqlite is missing"]));
+}
+
+#[tokio::test]
+async fn a_directory_in_a_file_s_place_is_named() {
+    let setup = Setup::new("");
+    let name = "data/journal/00000000000000000007.seg";
+    fs::create_dir_all(setup.dir().join(name)).expect("it can be made");
+    for command in ["run", "fsck"] {
+        let done = setup.run(&[command], "").await;
+        let expected = format!("{name} is a directory, where the journal has a file: move it elsewhere");
+        assert!(done.code == Some(1) && done.stderr.contains(&expected), "{done:?}");
+    }
 }
 
 #[tokio::test]

@@ -124,6 +124,20 @@ async fn every_dead_letter_says_why_and_can_be_replayed_or_discarded() {
     relay.stop().await;
 }
 
+/// An event may be nested deeper than most parsers go.
+#[tokio::test]
+async fn deep_events_are_shown() {
+    let relay = Setup::new("").start().await;
+    let deep = format!("{{\"message_id\":\"m\",\"x\":{}1{}}}", "[".repeat(200), "]".repeat(200));
+    relay.post(deep.clone()).await.ids();
+    let number = wait_for_letters(&relay, 1).await[0]["id"].to_string();
+    for json in [&[][..], &["--json"]] {
+        let shown = relay.command(&[&["dead-letters", "show", &number], json].concat()).await;
+        assert!(shown.code == Some(0) && shown.stdout.contains(&deep), "{shown:?}");
+    }
+    relay.stop().await;
+}
+
 /// Many dead letters at once, at a rate and without.
 #[tokio::test]
 async fn dead_letters_are_replayed_in_bulk() {
@@ -171,6 +185,16 @@ async fn retained_events_are_sent_again_by_time_and_rule() {
     assert_eq!(replay(&["--rate", "20"]).await["replayed"], 10);
     let arrived = inbox.wait("all again", |arrived| arrived.all.len() == 25).await;
     assert_eq!(arrived.ids.len(), 10);
+    for command in [
+        &["replay", "--sink", "http"][..],
+        &["dead-letters", "list"],
+        &["dead-letters", "replay"],
+        &["dead-letters", "discard"],
+        &["diff", "routes.toml"],
+    ] {
+        let empty = relay.command(&[command, &["--since", "1h", "--until", "2h"]].concat()).await;
+        assert!(empty.code == Some(1) && empty.stderr.contains("`since` must be before `until`"), "{empty:?}");
+    }
     let wrong = relay.command(&["replay", "--sink", "http", "--when", "staus = \"read\""]).await;
     assert!(wrong.code == Some(1) && wrong.stderr.contains("did you mean `status`?"), "{wrong:?}");
     let nowhere = relay.command(&["replay", "--sink", "nowhere"]).await;
@@ -265,7 +289,8 @@ async fn requests_that_can_not_be_served_say_why() {
         let request = Request::post(path).header("host", "localhost").header("content-type", "application/json");
         relay.ask(request.body(Full::new(body.to_owned().into())).expect("a request")).await
     };
-    for query in ["limit=0", "limit=10001", "limit=x", "since=yesterday", "snik=http"] {
+    let empty = "since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z";
+    for query in ["limit=0", "limit=10001", "limit=x", "since=yesterday", "snik=http", empty] {
         is_problem(&relay.ask(with_token(&format!("/api/v1/dead-letters?{query}"), None)).await, 400);
     }
     for limit in ["1", "10000"] {

@@ -54,6 +54,9 @@ async fn a_changed_file_is_loaded_and_a_broken_one_is_not() {
     let done = relay.command(&["reload"]).await;
     assert_eq!(done.code, Some(64), "{}", done.stderr);
     assert!(done.stderr.contains("routes.toml:8:7") && done.stderr.contains("whem"), "{}", done.stderr);
+    // That no route leads to the sinks comes of the mistake, and is none.
+    assert!(!done.stderr.contains("no route leads"), "{}", done.stderr);
+    assert!(relay.logged("not reloaded; what was in force stays in force").iter().all(|line| line["problems"] == 2));
     relay.post(event(2, "sent")).await;
     two.wait_for(2).await;
     assert!(one.received().is_empty());

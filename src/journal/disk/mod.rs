@@ -162,10 +162,11 @@ impl Journal {
         segment::sync_dir(dir.parent().unwrap_or(dir))?;
         let mut inspection = Inspection::new(dir, needed)?;
         inspection.expect_end(floor);
-        let findings = inspection.findings().to_vec();
+        let mut findings = inspection.findings().to_vec();
         metrics.found(&findings);
         if inspection.needs_repair() {
             inspection.repair(quarantine)?;
+            findings = inspection.findings().to_vec();
             inspection = Inspection::new(dir, needed)?;
         }
         let spare = inspection.take_spare(config.segment.as_u64())?;
@@ -364,6 +365,12 @@ pub enum OpenError {
     /// The file system said so.
     #[error("the journal can't be read or written")]
     Io(#[from] io::Error),
+    /// A directory where a file of the journal would be.
+    #[error("{} is a directory, where the journal has a file: move it elsewhere", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+    },
     /// A newer version of the program wrote it.
     #[error("{} has format version {version}; this engage-relay reads version 1 only: run the newer one", file.display())]
     NewerVersion {

@@ -6,9 +6,10 @@
 //! | last segment: bytes that are no record, none after them | a write that a crash cut short; nothing in it was acknowledged | kept in `quarantine/`, cut off |
 //! | bytes that are no record, records after them | damage; entries are lost | kept in `quarantine/`, marked as a gap |
 //! | a segment ends before the next one begins | damage, or a file is missing | what is there is kept in `quarantine/`, marked as a gap |
-//! | one of two copies of a header | damage; nothing is lost | written again |
+//! | one of two copies of a header | damage; nothing is lost | kept in `quarantine/`, written again |
 //! | a `.seg` file without a header | damage; the whole segment is lost | moved to `quarantine/`, marked as a gap |
 //! | a name that is not ours | somebody else's file | left alone |
+//! | a directory with a name of ours | somebody's mistake | refused; nothing is changed |
 //! | a file made ready to be a segment | it holds nothing | used if it has the right length, else removed |
 //! | a newer format version | a newer engage-relay wrote it | refused; nothing is changed |
 //!
@@ -35,6 +36,7 @@ pub struct Inspection {
     pub(super) segments: Vec<Segment>,
     findings: Vec<Finding>,
     spares: Vec<PathBuf>,
+    events: u64,
 }
 
 /// A segment file on disk.
@@ -65,6 +67,8 @@ pub struct Finding {
     pub bytes: u64,
     /// The entries that are lost: from the first position up to, not including, the second.
     pub lost: Option<(Position, Position)>,
+    /// After a repair: where in the quarantine those bytes are, if anything was there.
+    pub kept: Option<PathBuf>,
 }
 
 /// The kinds of findings, as metrics and `fsck` name them.
@@ -109,7 +113,8 @@ impl Inspection {
     ///
     /// [`OpenError`] when a file can't be read or has a newer format.
     pub fn new(dir: &Path, from: Position) -> Result<Self, OpenError> {
-        let mut found = Self { dir: dir.to_owned(), segments: Vec::new(), findings: Vec::new(), spares: Vec::new() };
+        let mut found =
+            Self { dir: dir.to_owned(), segments: Vec::new(), findings: Vec::new(), spares: Vec::new(), events: 0 };
         let names = found.names()?;
         let firsts: Vec<u64> = names.iter().map(|(first, _)| *first).collect();
         for (index, (first, path)) in names.into_iter().enumerate() {
@@ -122,6 +127,11 @@ impl Inspection {
     /// What is wrong, in the journal's order.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
+    }
+
+    /// How many entries are there, of those that were read through.
+    pub fn events(&self) -> u64 {
+        self.events
     }
 
     /// The position of the oldest entry.
@@ -139,9 +149,14 @@ impl Inspection {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
             let path = entry?.path();
-            match segment::first_in_name(&path) {
+            let (first, is_spare) =
+                (segment::first_in_name(&path), path.extension().is_some_and(|ending| ending == SPARE));
+            if (first.is_some() || is_spare) && path.is_dir() {
+                return Err(OpenError::Directory { path });
+            }
+            match first {
                 Some(first) => names.push((first, path)),
-                None if path.extension().is_some_and(|ending| ending == SPARE) => self.spares.push(path),
+                None if is_spare => self.spares.push(path),
                 None => self.note(Kind::Foreign, path, 0..0, None),
             }
         }
@@ -151,7 +166,14 @@ impl Inspection {
 
     fn note(&mut self, kind: Kind, file: PathBuf, bytes: std::ops::Range<u64>, lost: Option<(u64, u64)>) {
         let lost = lost.map(|(from, to)| (Position(from), Position(to)));
-        self.findings.push(Finding { kind, file, offset: bytes.start, bytes: bytes.end - bytes.start, lost });
+        self.findings.push(Finding {
+            kind,
+            file,
+            offset: bytes.start,
+            bytes: bytes.end - bytes.start,
+            lost,
+            kept: None,
+        });
     }
 
     fn look_at(&mut self, path: PathBuf, first: u64, next_first: Option<u64>, from: u64) -> Result<(), OpenError> {
@@ -162,7 +184,7 @@ impl Inspection {
             Found::Newer(version) => return Err(OpenError::NewerVersion { file: path, version }),
             Found::Whole(header) if header.first == first => header,
             Found::Half(header) if header.first == first => {
-                self.note(Kind::Header, path.clone(), 0..HEADER_BLOCK, None);
+                self.note(Kind::Header, path.clone(), 0..HEADER_BLOCK.min(size), None);
                 header
             }
             Found::Foreign | Found::Whole(_) | Found::Half(_) => {
@@ -187,13 +209,17 @@ impl Inspection {
         let mut scanner = Scanner::new(Arc::clone(file), segment.header.identity, segment.header.first);
         loop {
             match scanner.next(segment.size)? {
-                Item::Record { .. } => segment.ends_in_gap = false,
+                Item::Record { header, .. } => {
+                    segment.ends_in_gap = false;
+                    self.events += u64::from(header.count);
+                }
                 Item::Gap { .. } => segment.ends_in_gap = true,
                 Item::Damaged { bytes } => {
                     let before = scanner.next_seq();
                     // The record at the end of the damaged bytes says how many entries they held.
                     if let Item::Record { header, .. } | Item::Gap { header } = scanner.next(segment.size)? {
                         segment.ends_in_gap = header.count == 0;
+                        self.events += u64::from(header.count);
                         self.note(Kind::Damaged, segment.path.clone(), bytes, Some((before, header.seq)));
                     }
                 }
@@ -234,32 +260,28 @@ impl Inspection {
         self.segments.last().is_some_and(|last| !last.ends_in_gap)
     }
 
-    /// Carries out the repairs, and syncs them. Damaged bytes are copied to `quarantine` first.
+    /// Carries out the repairs, and syncs them. Damaged bytes are copied to `quarantine` first; findings then say where.
     ///
     /// # Errors
     ///
     /// Any error of the file system; repairs can be begun again.
-    pub fn repair(&self, quarantine: &Path) -> io::Result<()> {
-        for finding in &self.findings {
-            match finding.kind {
-                Kind::TornTail => self.cut(finding, quarantine)?,
-                Kind::Damaged => self.mark_gap(finding, finding.bytes, quarantine)?,
-                Kind::Missing => self.mark_gap(finding, 0, quarantine)?,
-                Kind::Header => {
-                    let segment = self.segments.iter().find(|segment| segment.path == finding.file);
-                    let Some(segment) = segment else { continue };
-                    let file = segment::open(&segment.path)?;
-                    segment.header.write(&file)?;
-                    file.sync_all()?;
-                }
-                Kind::Segment => {
-                    fs::create_dir_all(quarantine)?;
-                    fs::rename(&finding.file, quarantine.join(finding.file.file_name().unwrap_or_default()))?;
-                    segment::sync_dir(quarantine)?;
-                }
-                Kind::Foreign => {}
+    pub fn repair(&mut self, quarantine: &Path) -> io::Result<()> {
+        let mend = |finding: &Finding| match finding.kind {
+            Kind::TornTail => self.cut(finding, quarantine),
+            Kind::Damaged => self.mark_gap(finding, finding.bytes, quarantine),
+            Kind::Missing => self.mark_gap(finding, 0, quarantine),
+            Kind::Header => self.write_header(finding, quarantine),
+            Kind::Segment => {
+                let aside = quarantine.join(finding.file.file_name().unwrap_or_default());
+                fs::create_dir_all(quarantine)?;
+                fs::rename(&finding.file, &aside)?;
+                segment::sync_dir(quarantine)?;
+                Ok(Some(aside))
             }
-        }
+            Kind::Foreign => Ok(None),
+        };
+        let kept = self.findings.iter().map(mend).collect::<io::Result<Vec<_>>>()?;
+        self.findings.iter_mut().zip(kept).for_each(|(finding, kept)| finding.kept = kept);
         segment::sync_dir(&self.dir)
     }
 
@@ -278,36 +300,48 @@ impl Inspection {
         Ok(ready)
     }
 
-    fn cut(&self, finding: &Finding, quarantine: &Path) -> io::Result<()> {
-        keep(finding, finding.bytes, quarantine)?;
+    fn write_header(&self, finding: &Finding, quarantine: &Path) -> io::Result<Option<PathBuf>> {
+        let segment = self.segments.iter().find(|segment| segment.path == finding.file);
+        let Some(segment) = segment else { return Ok(None) };
+        let kept = keep(finding, finding.bytes, quarantine)?;
+        let file = segment::open(&segment.path)?;
+        segment.header.write(&file)?;
+        file.sync_all()?;
+        Ok(kept)
+    }
+
+    fn cut(&self, finding: &Finding, quarantine: &Path) -> io::Result<Option<PathBuf>> {
+        let kept = keep(finding, finding.bytes, quarantine)?;
         let file = segment::open(&finding.file)?;
         let room = file.metadata()?.len() - finding.offset;
         let len = finding.bytes.max(TERMINATOR.len() as u64).min(room);
         file.write_all_at(&vec![0; usize::try_from(len).map_err(io::Error::other)?], finding.offset)?;
-        file.sync_all()
+        file.sync_all()?;
+        Ok(kept)
     }
 
     /// Writes a gap of `len` bytes over the finding's first. Where a file was cut too short for it, it grows.
-    fn mark_gap(&self, finding: &Finding, len: u64, quarantine: &Path) -> io::Result<()> {
+    fn mark_gap(&self, finding: &Finding, len: u64, quarantine: &Path) -> io::Result<Option<PathBuf>> {
         let file = segment::open(&finding.file)?;
         let unreadable = if len == 0 { written_len(&file, finding)? } else { len };
-        keep(finding, unreadable, quarantine)?;
+        let kept = keep(finding, unreadable, quarantine)?;
         let (Some(segment), Some((from, _))) =
             (self.segments.iter().find(|segment| segment.path == finding.file), finding.lost)
         else {
-            return Ok(());
+            return Ok(kept);
         };
         let len = usize::try_from(len).map_err(io::Error::other)?;
         if (1..record::HEADER).contains(&len) {
             // No record is that short, so this can't come from damage to one; there is no room for a mark.
-            return Ok(());
+            return Ok(kept);
         }
         let mut gap = record::gap(from.0, len, segment.header.identity);
         if len == 0 {
             gap.extend(TERMINATOR);
         }
         file.write_all_at(&gap, finding.offset)?;
-        file.sync_all()
+        file.sync_all()?;
+        Ok(kept)
     }
 }
 
@@ -318,17 +352,19 @@ fn written_len(file: &File, finding: &Finding) -> io::Result<u64> {
     Ok(bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1))
 }
 
-/// Copies the first `len` bytes of a finding to the quarantine, durably.
-fn keep(finding: &Finding, len: u64, quarantine: &Path) -> io::Result<()> {
+/// Copies the first `len` bytes of a finding to the quarantine, durably; to which file, if there are any.
+fn keep(finding: &Finding, len: u64, quarantine: &Path) -> io::Result<Option<PathBuf>> {
     if len == 0 {
-        return Ok(());
+        return Ok(None);
     }
     fs::create_dir_all(quarantine)?;
     let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
     File::open(&finding.file)?.read_exact_at(&mut bytes, finding.offset)?;
     let stem = finding.file.file_stem().unwrap_or_default().to_string_lossy();
-    let mut copy = File::create(quarantine.join(format!("{stem}-{}-{}.bin", finding.offset, finding.kind.as_str())))?;
+    let path = quarantine.join(format!("{stem}-{}-{}.bin", finding.offset, finding.kind.as_str()));
+    let mut copy = File::create(&path)?;
     copy.write_all(&bytes)?;
     copy.sync_all()?;
-    segment::sync_dir(quarantine)
+    segment::sync_dir(quarantine)?;
+    Ok(Some(path))
 }

@@ -298,6 +298,14 @@ fn torn_and_damaged_bytes_are_kept_in_quarantine() {
     let kept = fs::read(fixture.quarantine().join(format!("00000000000000000000-{}-damaged.bin", ends[0]))).unwrap();
     assert_eq!(kept, before[ends[0] as usize..ends[1] as usize]);
     assert_eq!(findings[0].lost, Some((Position(1), Position(2))));
+    assert_eq!(fs::read(findings[0].kept.as_ref().unwrap()).unwrap(), kept);
+
+    // A header too, though nothing is lost with it.
+    OpenOptions::new().write(true).open(&path).unwrap().write_all_at(b"XXXX", 8).unwrap();
+    let before = fs::read(&path).unwrap();
+    let (_, findings) = fixture.read();
+    let kept = fs::read(fixture.quarantine().join("00000000000000000000-0-header.bin")).unwrap();
+    assert_eq!((kinds(&findings), &*kept), (vec![Kind::Header], &before[..HEADER_BLOCK as usize]));
 }
 
 #[test]
@@ -310,7 +318,7 @@ fn a_missing_segment_and_a_destroyed_one_are_gaps() {
     let firsts: Vec<_> = segments.iter().map(|path| segment::first_in_name(path).unwrap()).collect();
     let without = |from: u64, to: u64| (0..20).filter(|n| !(from..to).contains(n)).map(Position).collect::<Vec<_>>();
     let (read, findings) = damaged(&original, |copy| fs::remove_file(&copy.segments()[1]).unwrap());
-    assert_eq!(kinds(&findings), [Kind::Missing]);
+    assert_eq!((kinds(&findings), &findings[0].kept), (vec![Kind::Missing], &None));
     assert_eq!(read.into_keys().collect::<Vec<_>>(), without(firsts[1], firsts[2]));
     let (read, findings) = damaged(&original, |copy| fs::write(&copy.segments()[1], b"not a segment").unwrap());
     assert_eq!(kinds(&findings), [Kind::Segment, Kind::Missing]);
@@ -344,6 +352,24 @@ fn foreign_files_are_left_alone_and_newer_formats_refused() {
     assert_eq!((read.len(), kinds(&findings)), (3, vec![Kind::Foreign]));
     assert_eq!(fs::read_to_string(&foreign).unwrap(), "mine");
 
+    let open = || {
+        Journal::open(
+            &fixture.journal_dir(),
+            &fixture.quarantine(),
+            &fixture.config,
+            Position::ZERO,
+            Position::ZERO,
+            Metrics::unseen(),
+        )
+        .map(drop)
+    };
+    for name in ["00000000000000000003.seg", "1.spare"] {
+        let folder = fixture.journal_dir().join(name);
+        fs::create_dir(&folder).unwrap();
+        assert!(matches!(open(), Err(OpenError::Directory { path }) if path == folder));
+        fs::remove_dir(&folder).unwrap();
+    }
+
     let path = fixture.segments().remove(0);
     let mut bytes = fs::read(&path).unwrap();
     bytes[8] = 2;
@@ -352,15 +378,7 @@ fn foreign_files_are_left_alone_and_newer_formats_refused() {
     // Damage that would be repaired, were the version known.
     bytes[4200] ^= 1;
     fs::write(&path, &bytes).unwrap();
-    let opened = Journal::open(
-        &fixture.journal_dir(),
-        &fixture.quarantine(),
-        &fixture.config,
-        Position::ZERO,
-        Position::ZERO,
-        Metrics::unseen(),
-    );
-    assert!(matches!(opened, Err(OpenError::NewerVersion { version: 2, .. })));
+    assert!(matches!(open(), Err(OpenError::NewerVersion { version: 2, .. })));
     assert_eq!(fs::read(&path).unwrap(), bytes, "nothing is changed");
 }
 

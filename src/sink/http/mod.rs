@@ -61,12 +61,7 @@ impl Config {
         let target = super::require_template(section, "url")
             .and_then(|template| Target::new(template).map_err(|problem| section.problem("url", problem)).ok());
         let method = section.parse("method", parse_method).unwrap_or(Method::POST);
-        let headers = metadata::read_headers(section, Binding::Http, check_header_name);
-        for (name, template) in &headers {
-            if template.render_sample("x").contains(|c: char| c.is_control() && c != '\t') {
-                section.problem("headers", format!("the value of {name:?} holds a line break or control character"));
-            }
-        }
+        let headers = metadata::read_headers(section, Binding::Http, check_header);
         let deny_private = section.get("deny_private").unwrap_or(false);
         if deny_private && target.as_ref().is_some_and(Target::is_private_address) {
             section.problem("url", "the host is not a public address, and deny_private refuses others");
@@ -276,9 +271,10 @@ fn invalid_header(name: &str) -> DeliveryError {
 
 fn parse_method(text: &str) -> Result<Method, String> {
     match Method::from_bytes(text.as_bytes()) {
-        Ok(Method::CONNECT | Method::TRACE | Method::HEAD) | Err(_) => {
-            Err(format!("{text:?} is not a method that can carry an event"))
-        }
+        Err(_) => Err(format!("{text:?} is not a method")),
+        Ok(method) if !has_content(&method) => Err(format!(
+            "{text:?} is not a method that can carry an event: HTTP gives its body no meaning; use \"POST\""
+        )),
         Ok(method) if method.as_str().chars().any(|c| c.is_ascii_lowercase()) => {
             Err(format!("methods are case-sensitive; did you mean {:?}?", text.to_ascii_uppercase()))
         }
@@ -286,11 +282,18 @@ fn parse_method(text: &str) -> Result<Method, String> {
     }
 }
 
-fn check_header_name(name: &str) -> Option<String> {
+/// Whether a request may do something by what its body says. Those that only ask may moreover be answered by a cache.
+fn has_content(method: &Method) -> bool {
+    !method.is_safe() && *method != Method::CONNECT
+}
+
+fn check_header(name: &str, value: &Template) -> Option<String> {
     if name.parse::<HeaderName>().is_err() {
         Some(format!("{name:?} is not a header name"))
     } else if FRAMING.contains(&name.to_ascii_lowercase().as_str()) {
         Some(format!("{name:?} cannot be set: it belongs to the connection"))
+    } else if value.render_sample("x").contains(|c: char| c.is_control() && c != '\t') {
+        Some(format!("the value of {name:?} holds a line break or control character"))
     } else {
         None
     }

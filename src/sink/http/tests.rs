@@ -59,7 +59,13 @@ fn problems() {
     check("", &["url"]);
     check("url = \"https://{sender_id}/\"", &["2: fields may stand in the path"]);
     check("url = \"http://h/\"\nmethod = \"put\"", &["3: methods are case-sensitive; did you mean \"PUT\""]);
-    check("url = \"http://h/\"\nmethod = \"CONNECT\"", &["3: \"CONNECT\" is not a method"]);
+    for method in ["CONNECT", "GET", "HEAD", "OPTIONS", "TRACE"] {
+        let problem = format!("3: {method:?} is not a method that can carry an event");
+        check(&format!("url = \"http://h/\"\nmethod = {method:?}"), &[&problem]);
+    }
+    for method in ["POST", "PUT", "PATCH", "NOTIFY"] {
+        check(&format!("url = \"http://h/\"\nmethod = {method:?}"), &[]);
+    }
     check("url = \"http://h/\"\nmethod = \"A B\"", &["3: \"A B\" is not a method"]);
     check("url = \"http://h/\"\nheaders = { \"a b\" = \"x\" }", &["3: \"a b\" is not a header name"]);
     check("url = \"http://h/\"\nheaders = { Host = \"x\" }", &["3: \"Host\" cannot be set"]);

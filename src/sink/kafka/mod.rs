@@ -54,7 +54,7 @@ impl Config {
         let config = Self {
             brokers: read_brokers(section),
             key: section.template("key"),
-            headers: metadata::read_headers(section, Binding::Kafka, |name| {
+            headers: metadata::read_headers(section, Binding::Kafka, |name, _| {
                 name.is_empty().then(|| "a header needs a name".to_owned())
             }),
             format: metadata::read_format(section),

@@ -87,7 +87,7 @@ impl Config {
         }
         Some(Self {
             declare: read_declare(section, &exchange),
-            headers: metadata::read_headers(section, Binding::Amqp, check_header_name),
+            headers: metadata::read_headers(section, Binding::Amqp, |name, _| check_header_name(name)),
             format: metadata::read_format(section),
             timeout: super::read_timeout(section, DEFAULT_TIMEOUT),
             urls,
