@@ -154,12 +154,9 @@ impl Config {
     }
 
     fn check(&self, warnings: &mut Vec<String>) -> Result<(), ConfigError> {
-        let mut problems = ingress::Access::problems(&self.ingress);
-        problems.extend(
-            [self.ingress.problem(), self.journal.problem(), self.admin.problem(), self.telemetry.problem()]
-                .into_iter()
-                .flatten(),
-        );
+        let parts =
+            [self.ingress.problems(), self.journal.problems(), self.admin.problems(), self.telemetry.problems()];
+        let mut problems = parts.concat();
         if self.journal.kind == journal::Kind::Kafka {
             if self.ingress.dedup.is_some() {
                 problems.push("ingress.dedup has no meaning with journal.kind = \"kafka\": an event that is sent again may come to another replica, which does not know of the first".to_owned());

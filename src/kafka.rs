@@ -110,13 +110,13 @@ impl ProducerContext for Log {
     fn delivery(&self, _result: &DeliveryResult<'_>, (): ()) {}
 }
 
-/// What is wrong with a list of brokers, if anything.
-pub fn problem_of_brokers(brokers: &[String]) -> Option<String> {
+/// What is wrong with a list of brokers.
+pub fn problems_of_brokers(brokers: &[String]) -> Vec<String> {
     if brokers.is_empty() {
-        return Some("the list of brokers is empty".to_owned());
+        return vec!["the list of brokers is empty".to_owned()];
     }
-    let wrong = brokers.iter().find(|broker| !is_broker(broker))?;
-    Some(format!("{wrong:?} is not a broker's address, such as \"kafka-0:9092\""))
+    let wrong = brokers.iter().filter(|broker| !is_broker(broker));
+    wrong.map(|wrong| format!("{wrong:?} is not a broker's address, such as \"kafka-0:9092\"")).collect()
 }
 
 fn is_broker(text: &str) -> bool {

@@ -179,7 +179,7 @@ impl Kafka {
 
 fn read_brokers(section: &mut Section<'_>) -> String {
     let Some(brokers) = section.require::<Vec<String>>("brokers") else { return String::new() };
-    if let Some(problem) = kafka::problem_of_brokers(&brokers) {
+    for problem in kafka::problems_of_brokers(&brokers) {
         section.problem("brokers", problem);
     }
     brokers.join(",")
