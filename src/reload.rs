@@ -15,7 +15,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 
-use crate::config::{Config, ConfigError, DEFAULT_FILE};
+use crate::config::{self, Config, ConfigError, DEFAULT_FILE, Read};
 use crate::document::{Environment, Lookup, Problem};
 use crate::event::Field;
 use crate::journal;
@@ -52,24 +52,12 @@ pub struct Loaded {
 
 /// Settings or rules that don't work.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The settings.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The rules.
-    #[error(transparent)]
-    Rules(#[from] RulesError),
-}
-
-impl LoadError {
-    /// Each thing that is wrong, with its place.
-    pub fn problems(&self) -> Vec<String> {
-        match self {
-            Self::Config(ConfigError(problems)) => problems.clone(),
-            Self::Rules(RulesError::Problems { problems }) => problems.iter().map(ToString::to_string).collect(),
-            Self::Rules(error @ RulesError::Read { .. }) => vec![error.to_string()],
-        }
-    }
+#[error("{}", problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+pub struct LoadError {
+    /// All that is wrong with either, and what is odd about the rules.
+    pub problems: Vec<config::Problem>,
+    /// What is odd about the settings.
+    pub warnings: Vec<String>,
 }
 
 impl Sources {
@@ -86,22 +74,41 @@ impl Sources {
     ///
     /// [`ConfigError`] with what is wrong.
     pub fn settings(&self, lookup: &dyn Lookup) -> Result<(Config, Vec<String>), ConfigError> {
-        let (mut config, warnings) = Config::load(self.config.as_deref(), lookup)?;
-        if let Some(routes) = &self.routes {
-            config.routes.clone_from(routes);
-        }
-        Ok((config, warnings))
+        let Read { config, problems, warnings, .. } = self.read(lookup);
+        if problems.is_empty() { Ok((config, warnings)) } else { Err(ConfigError(problems)) }
     }
 
+    fn read(&self, lookup: &dyn Lookup) -> Read {
+        let mut read = Config::read(self.config.as_deref(), lookup);
+        if let Some(routes) = &self.routes {
+            read.config.routes.clone_from(routes);
+            read.knows_routes = true;
+        }
+        read
+    }
+
+    /// Settings that don't work are no reason not to look at the rest.
     fn load_with(&self, recorder: &Recorder) -> Result<Loaded, LoadError> {
         recorder.note(self.config.as_deref().unwrap_or(Path::new(DEFAULT_FILE)));
-        let (config, mut warnings) = self.settings(recorder)?;
+        let Read { config, mut problems, mut warnings, knows_routes } = self.read(recorder);
         config.files().for_each(|file| recorder.note(file));
-        warnings.extend(config.check_certificates()?);
+        let (expired, unusable) = config.check_certificates();
+        warnings.extend(expired);
+        problems.extend(unusable);
         recorder.note(&config.routes);
-        let (rules, problems) = Rules::load(&config.routes, recorder)?;
-        warnings.extend(disagreements(&config, &rules));
-        Ok(Loaded { config, rules, warnings, problems })
+        let rules = knows_routes.then(|| Rules::load(&config.routes, recorder));
+        match rules {
+            Some(Ok((rules, odd))) if problems.is_empty() => {
+                warnings.extend(disagreements(&config, &rules));
+                return Ok(Loaded { config, rules, warnings, problems: odd });
+            }
+            Some(Ok((_, found)) | Err(RulesError::Problems { problems: found })) => {
+                problems.extend(found.into_iter().map(config::Problem::InFile));
+            }
+            Some(Err(error @ RulesError::Read { .. })) => problems.push(error.to_string().into()),
+            None => {}
+        }
+        Err(LoadError { problems, warnings })
     }
 }
 
@@ -293,7 +300,7 @@ mod tests {
         assert!(notices(&mut seen).await);
         fs::remove_file(&secret).unwrap();
         let (broken, mut seen) = sources.load();
-        assert!(broken.err().unwrap().problems().join("").contains("secret"));
+        assert!(broken.err().unwrap().to_string().contains("secret"));
         fs::write(&secret, "back").unwrap();
         assert!(notices(&mut seen).await);
     }
