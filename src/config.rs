@@ -1,25 +1,25 @@
 //! The settings: built-in defaults, then `relay.toml`, then `RELAY_…` variables. Each part owns its own table; this
 //! module only puts them together and says what is wrong with all of them.
 
+mod given;
+mod read;
+
 use std::error::Error as _;
+use std::fmt;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use figment::error::{Actual, Kind};
-use figment::providers::{Format as _, Toml};
-use figment::util::nest;
-use figment::value::{Dict, Map, Value};
-use figment::{Figment, Metadata, Profile, Provider};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::document::{Lookup, resolved};
+use crate::document::{self, Lookup, Severity};
 use crate::{admin, ingress, journal, telemetry, tls};
+
+pub use read::Read;
 
 /// The file that is read if it is there.
 pub const DEFAULT_FILE: &str = "relay.toml";
-/// Between the levels of a variable's name.
-const LEVEL: &str = "__";
-const PREFIX: &str = "RELAY_";
 const TABLES: [&str; 7] = ["data_dir", "routes", "ingress", "journal", "admin", "shutdown", "telemetry"];
 
 /// All settings.
@@ -70,25 +70,66 @@ impl Default for ShutdownConfig {
     }
 }
 
-/// What is wrong with the settings: each problem a sentence that says where it is.
+/// Something wrong with settings or rules, or worth a warning.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Problem {
+    /// In `relay.toml` or the file of rules.
+    InFile(document::Problem),
+    /// In a variable, or in another file.
+    Elsewhere {
+        /// Whether the settings can be used in spite of it.
+        severity: Severity,
+        /// What is wrong, and where. Never holds a secret.
+        message: String,
+    },
+}
+
+impl Problem {
+    /// Whether nothing can be applied because of it.
+    pub fn is_error(&self) -> bool {
+        let (Self::InFile(document::Problem { severity, .. }) | Self::Elsewhere { severity, .. }) = self;
+        *severity == Severity::Error
+    }
+}
+
+impl From<String> for Problem {
+    fn from(message: String) -> Self {
+        Self::Elsewhere { severity: Severity::Error, message }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InFile(problem) => problem.fmt(f),
+            Self::Elsewhere { message, .. } => f.write_str(message),
+        }
+    }
+}
+
+/// All that is wrong with the settings.
 #[derive(Debug, thiserror::Error)]
-#[error("{}", .0.join("\n"))]
-pub struct ConfigError(pub Vec<String>);
+#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+pub struct ConfigError(pub Vec<Problem>);
 
 impl Config {
-    /// Loads the settings; `file` must exist, [`DEFAULT_FILE`] need not. Also returns warnings.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError`] with what is wrong.
-    pub fn load(file: Option<&Path>, lookup: &dyn Lookup) -> Result<(Self, Vec<String>), ConfigError> {
-        if let Some(missing) = file.filter(|path| !path.exists()) {
-            return Err(ConfigError(vec![format!("{}: there is no such file", missing.display())]));
-        }
+    /// Reads the settings; `file` must exist, [`DEFAULT_FILE`] need not.
+    pub fn read(file: Option<&Path>, lookup: &dyn Lookup) -> Read {
         let path = file.unwrap_or(Path::new(DEFAULT_FILE));
         let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
         let variables = std::env::vars_os().map(|(name, value)| (lossy(name), lossy(value)));
-        Self::compose(path.exists().then_some(path), variables, lookup)
+        let (source, unreadable) = match std::fs::read_to_string(path) {
+            Ok(source) => (source, None),
+            Err(error) if error.kind() == ErrorKind::NotFound && file.is_none() => (String::new(), None),
+            Err(error) => (String::new(), Some(format!("{}: {error}", path.display()))),
+        };
+        let mut read = Read::new(&path.display().to_string(), &source, variables, lookup);
+        if let Some(problem) = unreadable {
+            // What the variables seem to lack may be in the file.
+            (read.problems, read.knows_routes) = (vec![problem.into()], false);
+        }
+        read
     }
 
     /// The files that the settings name, beside those of `${file:…}`.
@@ -96,13 +137,9 @@ impl Config {
         self.ingress.files().chain(self.admin.files())
     }
 
-    /// Looks into the certificate files that the settings name; returns warnings. Commands that don't serve need not be
-    /// able to read them.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError`] with what is wrong.
-    pub fn check_certificates(&self) -> Result<Vec<String>, ConfigError> {
+    /// Looks into the certificate files that the settings name; returns warnings, and problems. Commands that don't serve
+    /// need not be able to read them.
+    pub fn check_certificates(&self) -> (Vec<String>, Vec<Problem>) {
         let (mut warnings, mut problems) = (Vec::new(), Vec::new());
         for (setting, tls) in [("ingress.tls", &self.ingress.tls), ("admin.tls", &self.admin.tls)] {
             match tls.as_ref().map(tls::Server::load) {
@@ -112,29 +149,12 @@ impl Config {
                 }
                 Some(Err(error)) => {
                     let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
-                    problems.push(format!("{setting}: {error}{cause}"));
+                    problems.push(format!("{setting}: {error}{cause}").into());
                 }
                 Some(Ok(_)) | None => {}
             }
         }
-        if problems.is_empty() { Ok(warnings) } else { Err(ConfigError(problems)) }
-    }
-
-    /// The settings from a file and variables, whatever those of this process are.
-    fn compose(
-        file: Option<&Path>,
-        variables: impl Iterator<Item = (String, String)>,
-        lookup: &dyn Lookup,
-    ) -> Result<(Self, Vec<String>), ConfigError> {
-        let mut warnings = Vec::new();
-        let variables = settings(variables, &mut warnings)?;
-        let toml = file.map(|path| Resolved { inner: Toml::file_exact(path), lookup });
-        let figment = toml.map_or_else(Figment::new, Figment::from);
-        let figment = variables.into_iter().fold(figment, |figment, inner| figment.merge(Resolved { inner, lookup }));
-        let config: Self =
-            figment.extract().map_err(|errors| ConfigError(errors.into_iter().map(describe).collect()))?;
-        config.check(&mut warnings)?;
-        Ok((config, warnings))
+        (warnings, problems)
     }
 
     /// The settings that differ and have no effect in a running relay.
@@ -153,13 +173,17 @@ impl Config {
         both.filter(|(old, new)| old != new).map(|((name, _), _)| name).collect()
     }
 
-    fn check(&self, warnings: &mut Vec<String>) -> Result<(), ConfigError> {
-        let mut problems = ingress::Access::problems(&self.ingress);
-        problems.extend(
-            [self.ingress.problem(), self.journal.problem(), self.admin.problem(), self.telemetry.problem()]
-                .into_iter()
-                .flatten(),
-        );
+    /// What is wrong with the settings, each with the name of the one that it is about.
+    fn problems(&self) -> Vec<String> {
+        let parts =
+            [self.ingress.problems(), self.journal.problems(), self.admin.problems(), self.telemetry.problems()];
+        let mut problems = parts.concat();
+        if share(self.ingress.listen, self.admin.listen) {
+            problems.push(format!(
+                "admin.listen is {}, and ingress.listen is {}: each needs a port of its own",
+                self.admin.listen, self.ingress.listen
+            ));
+        }
         if self.journal.kind == journal::Kind::Kafka {
             if self.ingress.dedup.is_some() {
                 problems.push("ingress.dedup has no meaning with journal.kind = \"kafka\": an event that is sent again may come to another replica, which does not know of the first".to_owned());
@@ -168,139 +192,21 @@ impl Config {
                 problems.push("no token is configured, and with journal.kind = \"kafka\" each replica would make up its own: set ingress.auth".to_owned());
             }
         }
-        if self.ingress.allow.is_none() && !self.ingress.trusted_proxies.is_empty() {
-            warnings.push("ingress.trusted_proxies has no effect without ingress.allow".to_owned());
-        }
-        if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
+        problems
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let idle = self.ingress.allow.is_none() && !self.ingress.trusted_proxies.is_empty();
+        let idle = idle.then(|| "ingress.trusted_proxies has no effect without ingress.allow".to_owned());
+        idle.into_iter().collect()
     }
 }
 
-/// A variable that is a setting: the key with its levels, and the value.
-struct Variable {
-    key: String,
-    value: String,
-}
-
-impl Provider for Variable {
-    fn metadata(&self) -> Metadata {
-        Metadata::named(format!("the variable {PREFIX}{}", self.key))
-    }
-
-    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
-        let Ok(value) = self.value.parse::<Value>();
-        let path = self.key.to_ascii_lowercase().replace(LEVEL, ".");
-        let dict = nest(&path, value).into_dict().unwrap_or_default();
-        Ok(Profile::Default.collect(dict))
-    }
-}
-
-/// The variables that are settings. A misspelt setting is an error. Other `RELAY_…` variables are not ours: Kubernetes
-/// sets `RELAY_PORT` and the like for a service that is called relay.
-fn settings(
-    variables: impl Iterator<Item = (String, String)>,
-    warnings: &mut Vec<String>,
-) -> Result<Vec<Variable>, ConfigError> {
-    let (mut found, mut problems) = (Vec::new(), Vec::new());
-    for (name, value) in variables {
-        let Some(key) = name.strip_prefix(PREFIX) else { continue };
-        let top = key.split(LEVEL).next().unwrap_or_default();
-        let message = || format!("{name}: there is no such setting; known are {}", TABLES.join(", "));
-        if TABLES.iter().any(|table| table.eq_ignore_ascii_case(top)) {
-            found.push(Variable { key: key.to_owned(), value });
-        } else if key.contains(LEVEL) {
-            problems.push(message());
-        } else {
-            warnings.push(format!("{} (ignored)", message()));
-        }
-    }
-    // Their order in the environment means nothing.
-    found.sort_by(|one, other| one.key.cmp(&other.key));
-    if problems.is_empty() { Ok(found) } else { Err(ConfigError(problems)) }
-}
-
-/// An error without the value that it found, which may be a secret.
-fn describe(error: figment::Error) -> String {
-    let what = match &error.kind {
-        Kind::InvalidType(actual, expected) => format!("is {}, should be {expected}", type_of(actual)),
-        Kind::InvalidValue(actual, expected) => {
-            format!("is {} that does not work, should be {expected}", type_of(actual))
-        }
-        Kind::UnknownField(field, expected) => {
-            format!("there is no setting `{field}` here; known are {}", quoted(expected))
-        }
-        Kind::UnknownVariant(_, expected) => format!("is none of {}", quoted(expected)),
-        Kind::MissingField(field) => format!("`{field}` is missing"),
-        other => other.to_string(),
-    };
-    let path = error.path.join(".");
-    let source = error.metadata.as_ref().map(|metadata| match &metadata.source {
-        Some(source) => source.to_string(),
-        None => metadata.name.to_string(),
-    });
-    let place = [source, (!path.is_empty()).then_some(path)].into_iter().flatten().collect::<Vec<_>>().join(": ");
-    if place.is_empty() { what } else { format!("{place}: {what}") }
-}
-
-fn quoted(names: &[&str]) -> String {
-    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
-}
-
-fn type_of(actual: &Actual) -> &'static str {
-    match actual {
-        Actual::Bool(_) => "a boolean",
-        Actual::Unsigned(_) | Actual::Signed(_) => "an integer",
-        Actual::Float(_) => "a float",
-        Actual::Char(_) | Actual::Str(_) => "text",
-        Actual::Seq => "an array",
-        Actual::Map => "a table",
-        _ => "another type",
-    }
-}
-
-/// A provider whose `${…}` are resolved.
-struct Resolved<'l, P> {
-    inner: P,
-    lookup: &'l dyn Lookup,
-}
-
-impl<P: Provider> Provider for Resolved<'_, P> {
-    fn metadata(&self) -> Metadata {
-        self.inner.metadata()
-    }
-
-    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
-        let mut data = self.inner.data()?;
-        for dict in data.values_mut() {
-            resolve_dict(dict, self.lookup, &mut Vec::new()).map_err(|error| *error)?;
-        }
-        Ok(data)
-    }
-}
-
-fn resolve_dict(dict: &mut Dict, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), Box<figment::Error>> {
-    dict.iter_mut().try_for_each(|(key, value)| {
-        path.push(key.clone());
-        resolve_value(value, lookup, path)?;
-        path.pop();
-        Ok(())
-    })
-}
-
-fn resolve_value(value: &mut Value, lookup: &dyn Lookup, path: &mut Vec<String>) -> Result<(), Box<figment::Error>> {
-    match value {
-        Value::String(_, text) => match resolved(text, lookup) {
-            Ok(resolved) => *text = resolved,
-            Err(problems) => {
-                let mut error = figment::Error::from(problems.join("; "));
-                error.path.clone_from(path);
-                return Err(Box::new(error));
-            }
-        },
-        Value::Dict(_, dict) => resolve_dict(dict, lookup, path)?,
-        Value::Array(_, values) => values.iter_mut().try_for_each(|value| resolve_value(value, lookup, path))?,
-        Value::Char(..) | Value::Bool(..) | Value::Num(..) | Value::Empty(..) => {}
-    }
-    Ok(())
+/// Whether two listeners would be in each other's way. Port 0 is any that is free.
+fn share(one: SocketAddr, other: SocketAddr) -> bool {
+    let all = |address: SocketAddr| address.ip().is_unspecified();
+    let same = one.ip() == other.ip() || one.is_ipv4() == other.is_ipv4() && (all(one) || all(other));
+    same && one.port() == other.port() && one.port() != 0
 }
 
 #[cfg(test)]

@@ -398,7 +398,8 @@ impl<'d> Value<'d> {
         }
     }
 
-    fn read<T: DeserializeOwned>(self) -> Option<T> {
+    /// The value, with `${…}` resolved in all strings in it; wrong (then reported): `None`.
+    pub fn read<T: DeserializeOwned>(self) -> Option<T> {
         let mut resolved = self.value.clone();
         let mut referring = Vec::new();
         if !self.document.resolve_all(&mut resolved, &mut referring) {

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
 use rdkafka::consumer::ConsumerContext;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
-use rdkafka::producer::{DeliveryResult, ProducerContext};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
+use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 use rdkafka::{ClientConfig, ClientContext};
 use tracing::{debug, info, warn};
 
@@ -110,13 +110,13 @@ impl ProducerContext for Log {
     fn delivery(&self, _result: &DeliveryResult<'_>, (): ()) {}
 }
 
-/// What is wrong with a list of brokers, if anything.
-pub fn problem_of_brokers(brokers: &[String]) -> Option<String> {
+/// What is wrong with a list of brokers.
+pub fn problems_of_brokers(brokers: &[String]) -> Vec<String> {
     if brokers.is_empty() {
-        return Some("the list of brokers is empty".to_owned());
+        return vec!["the list of brokers is empty".to_owned()];
     }
-    let wrong = brokers.iter().find(|broker| !is_broker(broker))?;
-    Some(format!("{wrong:?} is not a broker's address, such as \"kafka-0:9092\""))
+    let wrong = brokers.iter().filter(|broker| !is_broker(broker));
+    wrong.map(|wrong| format!("{wrong:?} is not a broker's address, such as \"kafka-0:9092\"")).collect()
 }
 
 fn is_broker(text: &str) -> bool {
@@ -138,6 +138,17 @@ pub fn take_reserved(options: &mut BTreeMap<String, String>) -> Vec<String> {
     reserved.map(|(name, reason)| format!("{name:?} cannot be set: {reason}")).collect()
 }
 
+/// Whether a producer can be made of the options: of the files that they name, and of all of them together. Connects to
+/// nothing.
+///
+/// # Errors
+///
+/// Why not.
+pub fn check(mut client: ClientConfig) -> KafkaResult<()> {
+    client.remove("bootstrap.servers").set_log_level(RDKafkaLogLevel::Critical);
+    BaseProducer::from_config_and_context(&client, Log::default()).map(drop)
+}
+
 /// What librdkafka objects to, of each option.
 pub fn refused_options(options: &BTreeMap<String, String>) -> impl Iterator<Item = String> {
     let refused = |(name, value)| ClientConfig::new().set(name, value).create_native_config().err();
@@ -145,7 +156,7 @@ pub fn refused_options(options: &BTreeMap<String, String>) -> impl Iterator<Item
 }
 
 /// What librdkafka objects to; without the value, which may be a secret.
-pub fn refused_option(error: &KafkaError) -> String {
+fn refused_option(error: &KafkaError) -> String {
     match error {
         KafkaError::ClientConfig(_, _, name, _) => {
             format!("librdkafka does not know {name:?}, or not with this value")

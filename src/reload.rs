@@ -16,13 +16,13 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 
-use crate::config::{Config, ConfigError, DEFAULT_FILE};
+use crate::config::{self, Config, ConfigError, DEFAULT_FILE, Read};
 use crate::document::{Environment, Lookup, Problem};
 use crate::event::Field;
 use crate::journal;
 use crate::journal::kafka::KeyBy;
 use crate::lane::{OrderBy, StartAt};
-use crate::rules::{Rules, RulesError, errors};
+use crate::rules::{Rules, RulesError};
 
 /// How often files are looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -53,23 +53,18 @@ pub struct Loaded {
 
 /// Settings or rules that don't work.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The settings.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The rules.
-    #[error(transparent)]
-    Rules(#[from] RulesError),
+#[error("{}", self.errors().join("\n"))]
+pub struct LoadError {
+    /// All that is wrong with either, and what is odd about the rules.
+    pub problems: Vec<config::Problem>,
+    /// What is odd about the settings.
+    pub warnings: Vec<String>,
 }
 
 impl LoadError {
-    /// Each thing that is wrong, with its place.
-    pub fn problems(&self) -> Vec<String> {
-        match self {
-            Self::Config(ConfigError(problems)) => problems.clone(),
-            Self::Rules(RulesError::Problems { problems }) => errors(problems),
-            Self::Rules(error @ RulesError::Read { .. }) => vec![error.to_string()],
-        }
+    /// What keeps them from being used. The rest can wait until they are.
+    pub fn errors(&self) -> Vec<String> {
+        self.problems.iter().filter(|problem| problem.is_error()).map(ToString::to_string).collect()
     }
 }
 
@@ -87,22 +82,41 @@ impl Sources {
     ///
     /// [`ConfigError`] with what is wrong.
     pub fn settings(&self, lookup: &dyn Lookup) -> Result<(Config, Vec<String>), ConfigError> {
-        let (mut config, warnings) = Config::load(self.config.as_deref(), lookup)?;
-        if let Some(routes) = &self.routes {
-            config.routes.clone_from(routes);
-        }
-        Ok((config, warnings))
+        let Read { config, problems, warnings, .. } = self.read(lookup);
+        if problems.is_empty() { Ok((config, warnings)) } else { Err(ConfigError(problems)) }
     }
 
+    fn read(&self, lookup: &dyn Lookup) -> Read {
+        let mut read = Config::read(self.config.as_deref(), lookup);
+        if let Some(routes) = &self.routes {
+            read.config.routes.clone_from(routes);
+            read.knows_routes = true;
+        }
+        read
+    }
+
+    /// Settings that don't work are no reason not to look at the rest.
     fn load_with(&self, recorder: &Recorder) -> Result<Loaded, LoadError> {
         recorder.note(self.config.as_deref().unwrap_or(Path::new(DEFAULT_FILE)));
-        let (config, mut warnings) = self.settings(recorder)?;
+        let Read { config, mut problems, mut warnings, knows_routes } = self.read(recorder);
         config.files().for_each(|file| recorder.note(file));
-        warnings.extend(config.check_certificates()?);
+        let (expired, unusable) = config.check_certificates();
+        warnings.extend(expired);
+        problems.extend(unusable);
         recorder.note(&config.routes);
-        let (rules, problems) = Rules::load(&config.routes, recorder)?;
-        warnings.extend(disagreements(&config, &rules));
-        Ok(Loaded { config, rules, warnings, problems })
+        let rules = knows_routes.then(|| Rules::load(&config.routes, recorder));
+        match rules {
+            Some(Ok((rules, odd))) if problems.is_empty() => {
+                warnings.extend(disagreements(&config, &rules));
+                return Ok(Loaded { config, rules, warnings, problems: odd });
+            }
+            Some(Ok((_, found)) | Err(RulesError::Problems { problems: found })) => {
+                problems.extend(found.into_iter().map(config::Problem::InFile));
+            }
+            Some(Err(error @ RulesError::Read { .. })) => problems.push(error.to_string().into()),
+            None => {}
+        }
+        Err(LoadError { problems, warnings })
     }
 }
 
@@ -311,7 +325,7 @@ mod tests {
         assert!(notices(&mut seen).await);
         fs::remove_file(&secret).unwrap();
         let (broken, mut seen) = sources.load();
-        assert!(broken.err().unwrap().problems().join("").contains("secret"));
+        assert!(broken.err().unwrap().to_string().contains("secret"));
         fs::write(&secret, "back").unwrap();
         assert!(notices(&mut seen).await);
     }

@@ -85,7 +85,7 @@ impl Rules {
 }
 
 /// Those that keep a file from being used, as text. Warnings can wait until it works.
-pub fn errors(problems: &[Problem]) -> Vec<String> {
+fn errors(problems: &[Problem]) -> Vec<String> {
     problems.iter().filter(|problem| problem.severity == Severity::Error).map(ToString::to_string).collect()
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use serde::Deserialize;
-use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::filter::{LevelFilter, ParseError};
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
@@ -58,10 +58,10 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What is wrong with the settings, if anything.
-    pub fn problem(&self) -> Option<String> {
+    /// What is wrong with the settings. Each problem names its setting first.
+    pub fn problems(&self) -> Vec<String> {
         let log = self.filter().err().map(|error| format!("telemetry.log is {:?}: {error}", self.log));
-        log.or_else(|| traces::problem(self))
+        log.into_iter().chain(traces::problems(self)).collect()
     }
 
     /// The settings that have no effect in a running process, with the others left out.
@@ -78,7 +78,7 @@ impl Config {
         self.otlp_endpoint.as_deref().map(|endpoint| Traces::new(self, endpoint)).transpose()
     }
 
-    fn filter(&self) -> Result<EnvFilter, ParseError> {
+    fn filter(&self) -> Result<EnvFilter, LogError> {
         filter(&self.log)
     }
 
@@ -101,8 +101,24 @@ impl Config {
 
 /// lapin logs returned messages with their bodies; the sink says what an operator needs of them. h2 warns of what any client
 /// can do as often as it likes.
-fn filter(directives: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::try_new(format!("lapin=off,h2=error,{directives}"))
+fn filter(directives: &str) -> Result<EnvFilter, LogError> {
+    // The filter would take a level with a typo for a target, and log nothing but that.
+    let mut levels = directives.split(',').filter(|directive| !directive.contains('='));
+    match levels.find(|level| level.is_empty() || level.parse::<LevelFilter>().is_err()) {
+        Some(other) => Err(LogError::Level(other.to_owned())),
+        None => Ok(EnvFilter::try_new(format!("lapin=off,h2=error,{directives}"))?),
+    }
+}
+
+/// Why logs can't be filtered like that.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// Not a level.
+    #[error("{0:?} is none of off, error, warn, info, debug, trace; a part of the program is given as target=level")]
+    Level(String),
+    /// Not a directive.
+    #[error(transparent)]
+    Directive(#[from] ParseError),
 }
 
 /// What this process logs, to be changed while it runs. Clones change the same.
@@ -122,13 +138,43 @@ impl Logs {
     ///
     /// # Errors
     ///
-    /// [`ParseError`]: nothing has changed.
-    pub fn set(&self, directives: &str) -> Result<(), ParseError> {
+    /// [`LogError`]: nothing has changed.
+    pub fn set(&self, directives: &str) -> Result<(), LogError> {
         let filter = filter(directives)?;
         // It fails when the subscriber is gone: then nobody reads the logs.
         if self.handle.reload(filter).is_ok() {
             self.directives.store(Arc::new(directives.to_owned()));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_logged() {
+        let check = |log: &str, expected: Option<&str>| {
+            let problems = Config { log: log.to_owned(), ..Config::default() }.problems();
+            assert_eq!(problems.is_empty(), expected.is_none(), "{log}: {problems:?}");
+            assert!(expected.is_none_or(|expected| problems[0].contains(expected)), "{log}: {problems:?}");
+        };
+        for good in ["info", "INFO", "off", "warn,engage_relay::lane=debug", "engage_relay[sink]=trace,error", "h2=off"]
+        {
+            check(good, None);
+        }
+        check("inof", Some("telemetry.log is \"inof\": \"inof\" is none of off, error,"));
+        check("info,engage_relay", Some("\"engage_relay\" is none of"));
+        check("", Some("\"\" is none of"));
+        check("info, debug", Some("\" debug\" is none of"));
+        check("engage_relay=inof", Some("telemetry.log is \"engage_relay=inof\": "));
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said() {
+        let config =
+            Config { log: "x".into(), otlp_endpoint: Some("x".into()), trace_sample: -0.1, ..Config::default() };
+        assert_eq!(config.problems().len(), 3, "{:?}", config.problems());
     }
 }

@@ -100,14 +100,14 @@ impl Config {
         self.tls.iter().flat_map(tls::Config::files)
     }
 
-    /// What is wrong with the settings, if anything.
-    pub fn problem(&self) -> Option<String> {
-        if self.token.as_ref().is_some_and(|token| token.trim().is_empty()) {
-            return Some("admin.token is empty".to_owned());
-        }
-        (self.token.is_none() && !self.listen.ip().is_loopback()).then(|| {
+    /// What is wrong with the settings. Each problem names its setting first.
+    pub fn problems(&self) -> Vec<String> {
+        let token = self.token.as_deref().and_then(ingress::problem_of_token);
+        let token = token.map(|problem| format!("admin.token {problem}"));
+        let open = (self.token.is_none() && !self.listen.ip().is_loopback()).then(|| {
             format!("admin.listen is {}, which others can reach: set admin.token, or listen on 127.0.0.1", self.listen)
-        })
+        });
+        token.into_iter().chain(open).collect()
     }
 }
 

@@ -7,10 +7,9 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::{BAD_CONFIGURATION, Global, print};
-use crate::document::Severity;
+use crate::config::Problem;
 use crate::journal::{self, kafka};
-use crate::reload::disagreements;
-use crate::rules::RulesError;
+use crate::reload::{LoadError, Loaded};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
@@ -20,36 +19,41 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let (config, mut warnings) = global.settings()?;
-    warnings.extend(config.check_certificates()?);
-    if arguments.connect && config.journal.kind == journal::Kind::Kafka {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        runtime.block_on(kafka::prepare(&config.journal.kafka(), Duration::ZERO))?;
-    }
-    let (problems, counts) = match global.rules(&config) {
-        Ok((rules, problems)) => {
-            warnings.extend(disagreements(&config, &rules));
-            (problems, Some((rules.table.routes().len(), rules.sinks.len())))
+    let (summary, problems, warnings) = match global.sources().load().0 {
+        Ok(loaded) => {
+            if arguments.connect {
+                connect(&loaded)?;
+            }
+            let Loaded { config, rules, warnings, problems } = loaded;
+            let (routes, sinks) = (rules.table.routes().len(), rules.sinks.len());
+            let summary = format!("{}: ok, {routes} routes, {sinks} sinks", config.routes.display());
+            (Some(summary), problems.into_iter().map(Problem::InFile).collect(), warnings)
         }
-        Err(RulesError::Problems { problems }) => (problems, None),
-        Err(error) => return Err(error.into()),
+        Err(LoadError { problems, warnings }) => (None, problems, warnings),
     };
-    let errors = problems.iter().filter(|problem| problem.severity == Severity::Error).count();
+    let ok = summary.is_some();
     if global.json {
-        print(&format!("{}\n", json!({ "ok": errors == 0, "problems": problems, "warnings": warnings })))?;
+        print(&format!("{}\n", json!({ "ok": ok, "problems": problems, "warnings": warnings })))?;
     } else {
         let mut text = String::new();
         for warning in &warnings {
             writeln!(text, "warning: {warning}")?;
         }
         for problem in &problems {
-            writeln!(text, "{}: {problem}", if problem.severity == Severity::Error { "error" } else { "warning" })?;
+            writeln!(text, "{}: {problem}", if problem.is_error() { "error" } else { "warning" })?;
         }
-        match counts {
-            Some((routes, sinks)) => writeln!(text, "{}: ok, {routes} routes, {sinks} sinks", config.routes.display())?,
-            None => writeln!(text, "{}: {errors} errors; nothing would be applied", config.routes.display())?,
-        }
-        print(&text)?;
+        let errors = problems.iter().filter(|problem| problem.is_error()).count();
+        let summary = summary.unwrap_or_else(|| format!("{errors} errors; nothing would be applied"));
+        print(&format!("{text}{summary}\n"))?;
     }
-    Ok(if errors == 0 { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIGURATION) })
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIGURATION) })
+}
+
+fn connect(loaded: &Loaded) -> anyhow::Result<()> {
+    let journal = &loaded.config.journal;
+    if journal.kind == journal::Kind::Kafka {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        runtime.block_on(kafka::prepare(&journal.kafka(), Duration::ZERO))?;
+    }
+    Ok(())
 }

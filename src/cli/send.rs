@@ -111,7 +111,8 @@ impl Sender {
         };
         let client = super::client(arguments.ca.as_deref(), arguments.cert.as_deref())?;
         let client = client.timeout(TIMEOUT).tcp_nodelay(true).build()?;
-        let signed = config.ingress.signature.as_ref().map(Signed::new).transpose().map_err(anyhow::Error::msg)?;
+        let signed = config.ingress.signature.as_ref().map(Signed::new).transpose();
+        let signed = signed.map_err(|problems| anyhow::Error::msg(problems.join("\n")))?;
         let (token, next, tally) = (token(arguments, config)?, AtomicU64::new(0), Mutex::new(tally));
         Ok(Self { client, url, token, signed, next, tally })
     }

@@ -30,7 +30,8 @@ impl Access {
     ///
     /// [`AccessError`]: the settings or the files don't work.
     pub fn new(config: &Config, data_dir: &Path) -> Result<(Self, Option<PathBuf>), AccessError> {
-        let (origins, signed) = (origins(config)?, signed(config)?);
+        let origins = origins(config).map_err(AccessError::Settings)?;
+        let signed = signed(config).map_err(AccessError::Settings)?;
         let tls = config.tls.as_ref().map(tls::Server::load).transpose().map_err(AccessError::Tls)?;
         let (auth, generated) = Auth::new(&config.auth, data_dir)?;
         Ok((Self { auth, origins, signed, tls }, generated))
@@ -38,9 +39,9 @@ impl Access {
 
     /// What is wrong with the settings, without touching any file.
     pub fn problems(config: &Config) -> Vec<String> {
-        let auth = Auth::check(&config.auth).err().map(|error| error.to_string());
+        let auth = Auth::problems(&config.auth).into_iter().map(|problem| problem.to_string());
         let others = [origins(config).err(), signed(config).err()];
-        auth.into_iter().chain(others.into_iter().flatten().map(|error| error.to_string())).collect()
+        auth.chain(others.into_iter().flatten().flatten()).collect()
     }
 
     /// Whether a request may come from there.
@@ -78,13 +79,12 @@ impl Access {
     }
 }
 
-fn origins(config: &Config) -> Result<Option<Origins>, AccessError> {
-    let origins = config.allow.as_ref().map(|allow| Origins::new(allow, &config.trusted_proxies));
-    origins.transpose().map_err(AccessError::Setting)
+fn origins(config: &Config) -> Result<Option<Origins>, Vec<String>> {
+    config.allow.as_ref().map(|allow| Origins::new(allow, &config.trusted_proxies)).transpose()
 }
 
-fn signed(config: &Config) -> Result<Option<Signed>, AccessError> {
-    config.signature.as_ref().map(Signed::new).transpose().map_err(AccessError::Setting)
+fn signed(config: &Config) -> Result<Option<Signed>, Vec<String>> {
+    config.signature.as_ref().map(Signed::new).transpose()
 }
 
 /// The [`Access`] of a running ingress. Clones are of the same.
@@ -124,9 +124,9 @@ pub enum AccessError {
     /// The tokens.
     #[error(transparent)]
     Auth(#[from] AuthError),
-    /// A setting.
-    #[error("{0}")]
-    Setting(String),
+    /// Other settings.
+    #[error("{}", .0.join("; "))]
+    Settings(Vec<String>),
     /// Certificate and key.
     #[error("ingress.tls does not work")]
     Tls(#[source] TlsError),

@@ -6,7 +6,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -121,7 +121,9 @@ impl Auth {
     ///
     /// [`AuthError`]: the setting does not work, or the file can't be read or written.
     pub(super) fn new(config: &AuthConfig, data_dir: &Path) -> Result<(Self, Option<PathBuf>), AuthError> {
-        Self::check(config)?;
+        if let Some(problem) = Self::problems(config).into_iter().next() {
+            return Err(problem);
+        }
         let AuthConfig::Tokens { header, tokens } = config else { return Ok((Self(None), None)) };
         let header = HeaderName::try_from(header.as_str()).map_err(|_| AuthError::Header(header.clone()))?;
         let mut known: Vec<_> = tokens.iter().map(|token| (token.name.clone(), digest(&token.value))).collect();
@@ -136,29 +138,32 @@ impl Auth {
     }
 
     /// What is wrong with the setting, without touching any file.
-    ///
-    /// # Errors
-    ///
-    /// [`AuthError`]: the setting does not work.
-    pub(super) fn check(config: &AuthConfig) -> Result<(), AuthError> {
-        let AuthConfig::Tokens { header, tokens } = config else { return Ok(()) };
-        HeaderName::try_from(header.as_str()).map_err(|_| AuthError::Header(header.clone()))?;
+    pub(super) fn problems(config: &AuthConfig) -> Vec<AuthError> {
+        let AuthConfig::Tokens { header, tokens } = config else { return Vec::new() };
+        let mut problems = Vec::new();
+        if HeaderName::try_from(header.as_str()).is_err() {
+            problems.push(AuthError::Header(header.clone()));
+        }
         for (index, token) in tokens.iter().enumerate() {
-            if token.name.is_empty() || tokens.iter().skip(index + 1).any(|other| other.name == token.name) {
-                return Err(AuthError::Name(token.name.clone()));
+            let name = || token.name.clone();
+            let mut before = tokens.iter().take(index);
+            if token.name.is_empty() || before.clone().any(|other| other.name == token.name) {
+                problems.push(AuthError::Name(name()));
             }
-            if token.value.trim().is_empty() {
-                return Err(AuthError::Empty(token.name.clone()));
+            if let Some(problem) = problem_of_token(&token.value) {
+                problems.push(AuthError::Value(name(), problem));
+            } else if let Some(other) = before.find(|other| other.value == token.value) {
+                problems.push(AuthError::Same(other.name.clone(), name()));
             }
         }
-        Ok(())
+        problems
     }
 
     /// The name of the token that the request carries; `None` if it carries none, or a wrong one. Takes the same time
     /// whichever it is.
     pub(super) fn token(&self, headers: &HeaderMap) -> Option<&str> {
         let Some(tokens) = &self.0 else { return Some("none") };
-        let given = headers.get(&tokens.header).map(http::HeaderValue::as_bytes).unwrap_or_default();
+        let given = headers.get(&tokens.header).map(HeaderValue::as_bytes).unwrap_or_default();
         let given: [u8; 32] = Sha256::digest(given).into();
         let mut found = u64::MAX;
         for (index, (_, digest)) in (0..).zip(&tokens.known) {
@@ -172,6 +177,19 @@ impl Auth {
     /// The header that a request must carry, if any.
     pub(super) fn header(&self) -> Option<&HeaderName> {
         self.0.as_ref().map(|tokens| &tokens.header)
+    }
+}
+
+/// Why no request can carry this token, if so. Never says what it is.
+pub fn problem_of_token(token: &str) -> Option<&'static str> {
+    if token.trim().is_empty() {
+        Some("is empty")
+    } else if token.trim() != token {
+        Some("begins or ends with white space, which does not arrive with a request")
+    } else if HeaderValue::from_bytes(token.as_bytes()).is_err() {
+        Some("has a control character, which a header can't have")
+    } else {
+        None
     }
 }
 
@@ -210,9 +228,12 @@ pub enum AuthError {
     /// A name twice, or none.
     #[error("ingress.auth.tokens: the name {0:?} is empty or used twice")]
     Name(String),
-    /// No value.
-    #[error("ingress.auth.tokens: the value of {0:?} is empty")]
-    Empty(String),
+    /// A value that no request can have.
+    #[error("ingress.auth.tokens: the value of {0:?} {1}")]
+    Value(String, &'static str),
+    /// A value twice: it would always be taken for the first.
+    #[error("ingress.auth.tokens: {0:?} and {1:?} have the same value")]
+    Same(String, String),
     /// The token file.
     #[error("{} can't be read or written", path.display())]
     File {
@@ -225,8 +246,6 @@ pub enum AuthError {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
 
     fn tokens(tokens: &[(&str, &str)]) -> AuthConfig {
@@ -270,10 +289,28 @@ mod tests {
 
     #[test]
     fn settings_that_do_not_work() {
-        let check = |config, message: &str| assert_eq!(Auth::check(&config).unwrap_err().to_string(), message);
-        check(tokens(&[("a", "1"), ("a", "2")]), "ingress.auth.tokens: the name \"a\" is empty or used twice");
-        check(tokens(&[("a", " ")]), "ingress.auth.tokens: the value of \"a\" is empty");
+        let check = |config, expected: &[&str]| {
+            let problems: Vec<_> = Auth::problems(&config).iter().map(ToString::to_string).collect();
+            assert_eq!(problems, expected);
+        };
+        let name = |name| format!("ingress.auth.tokens: the name {name:?} is empty or used twice");
+        check(tokens(&[("a", "1"), ("b", "2"), ("ü", "ü x")]), &[]);
+        check(tokens(&[("a", "1"), ("a", "2"), ("", "3")]), &[&name("a"), &name("")]);
+        check(
+            tokens(&[("a", " "), ("b", " x"), ("c", "x\n"), ("d", "x\0y"), ("e", "x\u{7f}")]),
+            &[
+                "ingress.auth.tokens: the value of \"a\" is empty",
+                "ingress.auth.tokens: the value of \"b\" begins or ends with white space, which does not arrive with a request",
+                "ingress.auth.tokens: the value of \"c\" begins or ends with white space, which does not arrive with a request",
+                "ingress.auth.tokens: the value of \"d\" has a control character, which a header can't have",
+                "ingress.auth.tokens: the value of \"e\" has a control character, which a header can't have",
+            ],
+        );
+        check(
+            tokens(&[("old", "s3cret"), ("new", "s3cret")]),
+            &["ingress.auth.tokens: \"old\" and \"new\" have the same value"],
+        );
         let header = AuthConfig::Tokens { header: "no header".into(), tokens: vec![] };
-        check(header, "ingress.auth.header is \"no header\", which is not a header name");
+        check(header, &["ingress.auth.header is \"no header\", which is not a header name"]);
     }
 }

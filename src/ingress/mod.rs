@@ -25,6 +25,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use prometheus::IntGauge;
 use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
@@ -32,7 +33,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tracing::warn;
 
 pub use access::{Access, AccessError, Gate};
-pub use auth::{AuthConfig, AuthError, TokenConfig, generated_token_path};
+pub use auth::{AuthConfig, AuthError, TokenConfig, generated_token_path, problem_of_token};
 pub use metrics::Metrics;
 pub use signed::{OneOrMore, Scheme, SignatureConfig, Signed};
 
@@ -47,6 +48,22 @@ use handler::Handler;
 const HANDOVER: usize = 128;
 /// How many connections the kernel should keep until they are accepted; it may allow fewer.
 pub const BACKLOG: u32 = 4096;
+/// What RFC 3986 has clients percent-encode in a path. A `%` may begin an escape.
+const NOT_IN_PATHS: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'#')
+    .add(b'<')
+    .add(b'>')
+    .add(b'?')
+    .add(b'[')
+    .add(b'\\')
+    .add(b']')
+    .add(b'^')
+    .add(b'`')
+    .add(b'{')
+    .add(b'|')
+    .add(b'}');
 /// How long accepting pauses when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -113,13 +130,17 @@ impl Config {
         Self { auth, trusted_proxies, signature: None, allow: None, tls: None, ..self.clone() }
     }
 
-    /// What is wrong with the settings, if anything.
-    pub fn problem(&self) -> Option<String> {
-        if !self.path.starts_with('/') || self.path.contains(['?', '#', ' ']) {
-            return Some(format!("ingress.path is {:?}; it must begin with / and have no ?, # or space", self.path));
+    /// What is wrong with the settings, without touching any file. Each problem names its setting first.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Access::problems(self);
+        if !is_path(&self.path) {
+            problems.push(format!(
+                "ingress.path is {:?}; it must begin with / and be percent-encoded as in a URL, such as \"/%C3%A9\" for \"/é\"",
+                self.path
+            ));
         }
         if !(ByteSize::kib(1)..=ByteSize::mib(64)).contains(&self.max_body) {
-            return Some(format!("ingress.max_body is {}; it must be from 1 KiB to 64 MiB", self.max_body));
+            problems.push(format!("ingress.max_body is {}; it must be from 1 KiB to 64 MiB", self.max_body));
         }
         let times = [
             ("header_timeout", self.header_timeout),
@@ -127,19 +148,26 @@ impl Config {
             ("idle_timeout", self.idle_timeout),
             ("dedup", self.dedup.unwrap_or(Duration::MAX)),
         ];
-        if let Some((name, _)) = times.iter().find(|(_, time)| time.is_zero()) {
-            return Some(format!("ingress.{name} is 0; give a time such as \"10s\""));
-        }
+        let zero = times.iter().filter(|(_, time)| time.is_zero());
+        problems.extend(zero.map(|(name, _)| format!("ingress.{name} is 0; give a time such as \"10s\"")));
         if self.max_connections == 0 {
-            return Some("ingress.max_connections is 0; it must be at least 1".to_owned());
+            problems.push("ingress.max_connections is 0; it must be at least 1".to_owned());
         }
-        None
+        problems
     }
 
     /// The files that [`Access`] is made of besides the settings.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.tls.iter().flat_map(tls::Config::files)
     }
+}
+
+/// Whether clients can ask for it: paths are compared as they stand in a request.
+fn is_path(text: &str) -> bool {
+    let mut escapes = text.split('%').skip(1).map(|escape| escape.bytes().take(2));
+    text.starts_with('/')
+        && utf8_percent_encode(text, NOT_IN_PATHS).eq([text])
+        && escapes.all(|mut digits| digits.len() == 2 && digits.all(|digit| digit.is_ascii_hexdigit()))
 }
 
 /// A running ingress: its cores wait for connections.
@@ -304,4 +332,40 @@ async fn serve(
     // Nothing is sent: this waits for the channel's end.
     while all_closed.recv().await.is_some() {}
     courier.abort();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_is_one_that_clients_ask_for() {
+        let check = |path: &str, good: bool| assert_eq!(is_path(path), good, "{path}");
+        for path in ["/", "/webhooks/engage", "/a//b/", "/%C3%A9%2f", "/~a-b_c.d!$&'()*+,;=:@"] {
+            check(path, true);
+        }
+        for path in
+            ["", "a", "/a b", "/a?b", "/a#b", "/é", "/a\n", "/a%", "/a%2", "/a%2g", "/%é", "/{a}", "/a\\b", "/[a]"]
+        {
+            check(path, false);
+        }
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said() {
+        let zero = Duration::ZERO;
+        let config = Config {
+            path: "x".to_owned(),
+            max_body: ByteSize::b(1023),
+            max_connections: 0,
+            header_timeout: zero,
+            body_timeout: zero,
+            idle_timeout: zero,
+            dedup: Some(zero),
+            allow: Some(vec![]),
+            auth: AuthConfig::Tokens { header: String::new(), tokens: vec![] },
+            ..Config::default()
+        };
+        assert_eq!(config.problems().len(), 9, "{:?}", config.problems());
+    }
 }

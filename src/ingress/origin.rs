@@ -20,11 +20,14 @@ impl Origins {
     /// # Errors
     ///
     /// What is wrong with them.
-    pub(super) fn new(allow: &[String], trusted_proxies: &[String]) -> Result<Self, String> {
+    pub(super) fn new(allow: &[String], trusted_proxies: &[String]) -> Result<Self, Vec<String>> {
+        let mut problems = Vec::new();
         if allow.is_empty() {
-            return Err("ingress.allow is empty, so that nobody could send; leave it out to let everyone".to_owned());
+            problems.push("ingress.allow is empty, so that nobody could send; leave it out to let everyone".to_owned());
         }
-        Ok(Self { allowed: networks("allow", allow)?, proxies: networks("trusted_proxies", trusted_proxies)? })
+        let allowed = networks("allow", allow, &mut problems);
+        let proxies = networks("trusted_proxies", trusted_proxies, &mut problems);
+        if problems.is_empty() { Ok(Self { allowed, proxies }) } else { Err(problems) }
     }
 
     /// Whether a request on a connection from `peer` comes from where it may.
@@ -59,21 +62,22 @@ fn address(text: &str) -> Option<IpAddr> {
     address.ok().map(|address: IpAddr| address.to_canonical())
 }
 
-fn networks(setting: &str, texts: &[String]) -> Result<Vec<IpNet>, String> {
+/// Those that are some, and a problem for each of the others.
+fn networks(setting: &str, texts: &[String], problems: &mut Vec<String>) -> Vec<IpNet> {
     let network = |text: &String| {
         let network = text.parse().or_else(|_| text.parse().map(|address: IpAddr| address.to_canonical().into()));
-        network.map_err(|_| {
-            format!("ingress.{setting}: {text:?} is neither an address nor a network such as \"10.0.0.0/8\"")
-        })
+        let problem =
+            || format!("ingress.{setting}: {text:?} is neither an address nor a network such as \"10.0.0.0/8\"");
+        network.map_err(|_| problems.push(problem())).ok()
     };
-    texts.iter().map(network).collect()
+    texts.iter().filter_map(network).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn origins(allow: &[&str], proxies: &[&str]) -> Result<Origins, String> {
+    fn origins(allow: &[&str], proxies: &[&str]) -> Result<Origins, Vec<String>> {
         let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
         Origins::new(&texts(allow), &texts(proxies))
     }
@@ -121,13 +125,15 @@ mod tests {
     #[test]
     fn settings_that_do_not_work() {
         let check = |allow: &[&str], proxies: &[&str], expected: &str| {
-            let problem = origins(allow, proxies).err().unwrap_or_default();
-            assert!(problem.starts_with(expected), "{problem}");
+            let problems = origins(allow, proxies).err().unwrap_or_default();
+            assert_eq!(problems.len(), usize::from(!expected.is_empty()), "{problems:?}");
+            assert!(problems.concat().starts_with(expected), "{problems:?}");
         };
         check(&[], &[], "ingress.allow is empty");
         check(&["10.0.0.0/33"], &[], "ingress.allow: \"10.0.0.0/33\" is neither");
         check(&["example.com"], &[], "ingress.allow: \"example.com\" is neither");
         check(&["::1", "10.0.0.1"], &["10.0.0"], "ingress.trusted_proxies: \"10.0.0\" is neither");
         check(&["10.0.0.0/8", "::/0"], &[], "");
+        assert_eq!(origins(&["a", "::1", "b"], &["c"]).err().map(|problems| problems.len()), Some(3));
     }
 }

@@ -74,12 +74,13 @@ impl Signed {
     /// # Errors
     ///
     /// What is wrong with it.
-    pub fn new(config: &SignatureConfig) -> Result<Self, String> {
-        let header = match &config.header {
-            None => config.scheme.header(),
-            Some(name) => HeaderName::try_from(name.as_str())
-                .map_err(|_| format!("ingress.signature.header is {name:?}, which is not a header name"))?,
-        };
+    pub fn new(config: &SignatureConfig) -> Result<Self, Vec<String>> {
+        let mut problems = Vec::new();
+        let given = config.header.as_ref().map(|name| {
+            let problem = || format!("ingress.signature.header is {name:?}, which is not a header name");
+            HeaderName::try_from(name.as_str()).map_err(|_| problems.push(problem())).ok()
+        });
+        let header = given.flatten().unwrap_or_else(|| config.scheme.header());
         let secrets = match &config.secret {
             OneOrMore::One(secret) => std::slice::from_ref(secret),
             OneOrMore::More(secrets) => secrets,
@@ -88,11 +89,12 @@ impl Signed {
             Scheme::HubSha256 => Key::plain(secret),
             Scheme::StandardWebhooks => Key::standard(secret),
         };
-        let keys: Vec<_> = secrets.iter().map(key).collect::<Result<_, _>>().map_err(in_setting)?;
-        if keys.is_empty() {
-            return Err(in_setting("the list of secrets is empty"));
+        let keys = secrets.iter().filter_map(|secret| key(secret).map_err(|e| problems.push(in_setting(e))).ok());
+        let keys: Vec<_> = keys.collect();
+        if secrets.is_empty() {
+            problems.push(in_setting("the list of secrets is empty"));
         }
-        Ok(Self { scheme: config.scheme, header, keys })
+        if problems.is_empty() { Ok(Self { scheme: config.scheme, header, keys }) } else { Err(problems) }
     }
 
     /// The header that a request must carry.
@@ -248,7 +250,7 @@ mod tests {
     #[test]
     fn settings_that_do_not_work() {
         let check = |config: SignatureConfig, expected: &str| {
-            assert_eq!(Signed::new(&config).err().as_deref(), Some(expected));
+            assert_eq!(Signed::new(&config).err(), Some(vec![expected.to_owned()]));
         };
         let secret = |problem| format!("ingress.signature.secret: {problem}");
         check(config(Scheme::HubSha256, &[]), &secret("the list of secrets is empty"));
@@ -256,6 +258,9 @@ mod tests {
         check(config(Scheme::StandardWebhooks, &["a"]), &secret("a signing secret starts with \"whsec_\""));
         let header = SignatureConfig { header: Some("no header".into()), ..config(Scheme::HubSha256, &["a"]) };
         check(header, "ingress.signature.header is \"no header\", which is not a header name");
+        let both =
+            SignatureConfig { header: Some("no header".into()), ..config(Scheme::StandardWebhooks, &["a", "b"]) };
+        assert_eq!(Signed::new(&both).err().map(|problems| problems.len()), Some(3));
         assert!(!format!("{:?}", config(Scheme::HubSha256, &["s3cret"])).contains("s3cret"));
     }
 }

@@ -57,7 +57,7 @@ pub enum Kind {
 
 /// A value in `options`. A name with dots that is not quoted is a table in a table.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "should be text, a number, true or false, or a table of those")]
 pub enum Property {
     /// `true` or `false`.
     Boolean(bool),
@@ -104,8 +104,8 @@ impl Config {
         }
     }
 
-    /// What is wrong with the settings, if anything.
-    pub fn problem(&self) -> Option<String> {
+    /// What is wrong with the settings. Each problem names its setting first.
+    pub fn problems(&self) -> Vec<String> {
         let disk = [
             ("durability", self.durability.is_some(), "every event is stored by as many brokers as min_insync says"),
             ("segment", self.segment.is_some(), "Kafka's brokers decide about its files (segment.bytes of the topic)"),
@@ -123,16 +123,19 @@ impl Config {
             ("options", !self.options.is_empty()),
         ];
         match self.kind {
-            Kind::Disk => match kafka.iter().find(|(_, given)| *given) {
-                Some((name, _)) => Some(format!("journal.{name} is for journal.kind = \"kafka\"; it is \"disk\"")),
-                None => self.disk().problem(),
-            },
-            Kind::Kafka => match disk.iter().find(|(_, given, _)| *given) {
-                Some((name, _, why)) => {
-                    Some(format!("journal.{name} has no meaning with journal.kind = \"kafka\": {why}"))
-                }
-                None => self.kafka().problem(),
-            },
+            Kind::Disk => {
+                let foreign = kafka.iter().filter(|(_, given)| *given);
+                let foreign =
+                    foreign.map(|(name, _)| format!("journal.{name} is for journal.kind = \"kafka\"; it is \"disk\""));
+                foreign.chain(self.disk().problems()).collect()
+            }
+            Kind::Kafka => {
+                let foreign = disk.iter().filter(|(_, given, _)| *given);
+                let foreign = foreign.map(|(name, _, why)| {
+                    format!("journal.{name} has no meaning with journal.kind = \"kafka\": {why}")
+                });
+                foreign.chain(self.kafka().problems()).collect()
+            }
         }
     }
 }

@@ -84,7 +84,7 @@ impl Reloads {
                         Ok(warnings) => (Outcome::Applied, warnings),
                         Err(error) => refused(vec![error_chain(&error)]),
                     },
-                    Err(error) => refused(error.problems()),
+                    Err(error) => refused(error.errors()),
                 }
             }
         };

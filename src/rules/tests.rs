@@ -108,16 +108,16 @@ fn files_and_options_that_do_not_work_are_problems() {
     let (file, pem) = (|name: &str| dir.path().join(name).display().to_string(), "type = 'http'\nurl = 'https://h/'\n");
     std::fs::write(file("junk.pem"), "junk").unwrap();
     std::fs::write(file("other.key"), rcgen::KeyPair::generate().unwrap().serialize_pem()).unwrap();
-    check(&format!("{pem}tls = {{ ca = '/none' }}\n"), "r:4:7: cannot read /none: No such file");
+    check(&format!("{pem}tls = {{ ca = '/none' }}\n"), "4:7: cannot read /none: No such file");
     check(&format!("{pem}tls = {{ ca = '{}' }}\n", file("junk.pem")), "holds no PEM certificate");
     let pair = format!("{pem}tls = {{ cert = '{}', key = '{}' }}\n", file("client.pem"), file("other.key"));
-    check(&pair, "r:4:7: cannot build the client: ");
+    check(&pair, "4:7: cannot build the client: ");
     let rabbit = "type = 'rabbitmq'\nurls = ['amqps://h']\nrouting_key = 'k'\n";
-    check(&format!("{rabbit}tls = {{ ca = '/none' }}\n"), "r:5:7: cannot read /none: No such file");
+    check(&format!("{rabbit}tls = {{ ca = '/none' }}\n"), "5:7: cannot read /none: No such file");
     let kafka = "type = 'kafka'\nbrokers = ['h']\ntopic = 't'\noptions = ";
     check(
         &format!("{kafka}{{ \"sasl.mechanisms\" = 'NOPE', security.protocol = 'sasl_plaintext' }}\n"),
-        "r:5:11: cannot build",
+        "5:11: cannot build",
     );
     let unknown = compile(&format!("[sinks.a]\n{kafka}{{ foo = 1, bar = 2, acks = 1 }}\n[[routes]]\nto = ['a']\n"))
         .map(drop)

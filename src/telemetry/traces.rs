@@ -77,18 +77,19 @@ impl Headers {
     }
 }
 
-/// What is wrong with the settings, if anything.
-pub(super) fn problem(config: &Config) -> Option<String> {
+/// What is wrong with the settings.
+pub(super) fn problems(config: &Config) -> Vec<String> {
     let endpoint = config.otlp_endpoint.as_deref().map(|endpoint| endpoint.parse::<http::Uri>());
     let usable = |uri: http::Uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some();
-    if endpoint.is_some_and(|parsed| !parsed.is_ok_and(usable)) {
-        return Some("telemetry.otlp_endpoint is not a URL such as \"http://localhost:4317\"".to_owned());
-    }
-    if !(0.0..=1.0).contains(&config.trace_sample) {
-        return Some(format!("telemetry.trace_sample is {}; it must be from 0 to 1", config.trace_sample));
-    }
-    let name = config.otlp_headers.checked().err()?;
-    Some(format!("telemetry.otlp_headers has {name:?}, which with its value is no HTTP header"))
+    let endpoint = endpoint
+        .is_some_and(|parsed| !parsed.is_ok_and(usable))
+        .then(|| "telemetry.otlp_endpoint is not a URL such as \"http://localhost:4317\"".to_owned());
+    let sample = (!(0.0..=1.0).contains(&config.trace_sample))
+        .then(|| format!("telemetry.trace_sample is {}; it must be from 0 to 1", config.trace_sample));
+    let header = config.otlp_headers.checked().err();
+    let header =
+        header.map(|name| format!("telemetry.otlp_headers has {name:?}, which with its value is no HTTP header"));
+    [endpoint, sample, header].into_iter().flatten().collect()
 }
 
 /// Where spans go. Clones share it.
@@ -307,9 +308,9 @@ mod tests {
     #[test]
     fn settings_are_checked() {
         let check = |endpoint, sample, headers: &[(&str, &str)], expected: Option<&str>| {
-            let problem = problem(&config(endpoint, sample, headers));
-            assert_eq!(problem.is_some(), expected.is_some(), "{problem:?}");
-            assert!(problem.unwrap_or_default().contains(expected.unwrap_or_default()));
+            let problems = problems(&config(endpoint, sample, headers));
+            assert_eq!(problems.len(), usize::from(expected.is_some()), "{problems:?}");
+            assert!(problems.concat().contains(expected.unwrap_or_default()));
         };
         check("http://localhost:4317", 1.0, &[("authorization", "Bearer s3cret")], None);
         check("https://collector.example.com/v1/traces", 0.0, &[], None);
@@ -320,7 +321,7 @@ mod tests {
         check("http://localhost", f64::NAN, &[], Some("telemetry.trace_sample"));
         check("http://localhost", 1.0, &[("a b", "x")], Some("\"a b\""));
         let secret = config("http://localhost", 1.0, &[("authorization", "s3cret\n")]);
-        assert!(!format!("{:?}{secret:?}", problem(&secret)).contains("s3cret"));
+        assert!(!format!("{:?}{secret:?}", problems(&secret)).contains("s3cret"));
     }
 
     #[tokio::test]

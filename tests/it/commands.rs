@@ -112,17 +112,51 @@ async fn bad_settings_are_named_and_their_values_are_not() {
     check("[ingress]\nmax_body = \"12 B\"", None, "ingress.max_body").await;
     check("[ingress.auth]\ntoken = \"s3cret\"", None, "token").await;
     check("", Some(("RELAY_INGRESS__AUTH", "s3cret")), "auth").await;
-    check("[ingress", None, "relay.toml").await;
+    check("[ingress", None, "relay.toml:1:9: ").await;
+    check("[admin]\ntoken = \"s3cret\" x", None, "relay.toml:2:18: ").await;
+    check("[telemetry]\nlog = \"inof\"", None, "relay.toml:2:7: telemetry.log is ").await;
+    check("", Some(("RELAY_ADMIN__TOKEN", "s3cret ")), "RELAY_ADMIN__TOKEN: admin.token begins or ends").await;
     check("[journal]\nsegment = \"1MiB\"\nmax_disk = \"1MiB\"", None, "journal.max_disk").await;
     check("[admin]\nlisten = \"0.0.0.0:9090\"", Some(("RELAY_ADMIN__LISTEN", "0.0.0.0:9090")), "admin.token").await;
     check("", Some(("RELAY_INGRESS__MAX_BODY", "s3cret")), "max_body").await;
     check("", Some(("RELAY_INGRES__MAX_BODY", "s3cret")), "RELAY_INGRES__MAX_BODY").await;
     check("", Some(("RELAY_INGRESS__AUTH__TOKENS", "[{name=\"a\",valeu=\"s3cret\"}]")), "valeu").await;
     check("", Some(("RELAY_JOURNAL__DURABILITY", "s3cret")), "durability").await;
-    let missing = Setup::new(SHIPPED).run(&["check", "--config", "nowhere.toml"], "").await;
-    assert!(missing.code == Some(64) && missing.stderr.contains("nowhere.toml"), "{missing:?}");
-    let missing = Setup::new(SHIPPED).run(&["check", "--routes", "nowhere.toml"], "").await;
-    assert!(missing.code == Some(64) && missing.stderr.contains("nowhere.toml"), "{missing:?}");
+    for option in ["--config", "--routes"] {
+        let missing = Setup::new(SHIPPED).run(&["check", option, "nowhere.toml"], "").await;
+        assert!(missing.code == Some(64) && missing.stdout.contains("nowhere.toml"), "{missing:?}");
+        let missing = Setup::new(SHIPPED).run(&["run", option, "nowhere.toml"], "").await;
+        assert!(missing.code == Some(64) && missing.stderr.contains("nowhere.toml"), "{missing:?}");
+    }
+}
+
+#[tokio::test]
+async fn check_looks_at_settings_certificates_and_rules_at_once() {
+    let setup = Setup::new(TEN_MISTAKES).env("RELAY_SHUTDOWN__GRACE", "soon");
+    setup.file(
+        "relay.toml",
+        "[ingress]\nmax_body = \"1B\"\nlitsen = 1\ntls = { cert = \"none.pem\", key = \"none.pem\" }\ntrusted_proxies = [\"::1\"]\n",
+    );
+    let places =
+        ["relay.toml:2:12: ", "relay.toml:3:1: ", "RELAY_SHUTDOWN__GRACE: ", "ingress.tls: ", "routes.toml:4:7: "];
+    let text = setup.run(&["check"], "").await;
+    assert_eq!(text.code, Some(64), "{text:?}");
+    for place in places {
+        let found = text.stdout.lines().any(|line| line.starts_with(&format!("error: {place}")));
+        assert!(found, "{place} is not in\n{}", text.stdout);
+    }
+    assert!(text.stdout.ends_with("\n14 errors; nothing would be applied\n"), "{}", text.stdout);
+    let json = setup.run(&["check", "--json"], "").await;
+    let report: Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!((json.code, &report["ok"]), (Some(64), &Value::Bool(false)));
+    assert_eq!(report["problems"].as_array().map(Vec::len), Some(14), "{report}");
+    let first = &report["problems"][0];
+    assert_eq!((&first["file"], &first["line"], &first["column"]), (&"relay.toml".into(), &2.into(), &12.into()));
+    assert!(report["problems"].as_array().unwrap().iter().all(|problem| problem["severity"] == "error"), "{report}");
+    assert!(report["warnings"][0].as_str().is_some_and(|text| text.starts_with("ingress.trusted_proxies")), "{report}");
+    let run = setup.run(&["run"], "").await;
+    assert_eq!((run.code, run.stdout.as_str()), (Some(64), ""));
+    assert!(places.iter().all(|place| run.stderr.contains(place)), "{run:?}");
 }
 
 /// One sink of each kind, each with a secret.

@@ -78,15 +78,18 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What is wrong with the settings, if anything.
-    pub fn problem(&self) -> Option<String> {
+    /// What is wrong with the settings. Each problem names its setting first.
+    pub fn problems(&self) -> Vec<String> {
+        let Self { segment, max_disk, .. } = self;
         let range = ByteSize::kib(64)..=ByteSize::gib(1);
-        if !range.contains(&self.segment) {
-            return Some(format!("journal.segment is {}; it must be from 64 KiB to 1 GiB", self.segment));
-        }
-        (self.max_disk.as_u64() < 2 * self.segment.as_u64()).then(|| {
-            format!("journal.max_disk is {}; it must hold at least two segments of {}", self.max_disk, self.segment)
-        })
+        let length = (!range.contains(segment))
+            .then(|| format!("journal.segment is {segment}; it must be from 64 KiB to 1 GiB"));
+        let most = (max_disk.as_u64() < segment.as_u64().saturating_mul(2)).then(|| {
+            format!(
+                "journal.max_disk is {max_disk}; it must hold at least two segments, and journal.segment is {segment}"
+            )
+        });
+        length.into_iter().chain(most).collect()
     }
 }
 

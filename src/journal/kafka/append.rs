@@ -141,7 +141,7 @@ impl Journal {
     }
 }
 
-fn producer(config: &Config) -> rdkafka::ClientConfig {
+pub(super) fn producer(config: &Config) -> rdkafka::ClientConfig {
     let timeout = config.timeout.as_millis().to_string();
     let mut client = config.client();
     // A broker answers a connection's requests one after the other: events that come meanwhile had better wait here, and go

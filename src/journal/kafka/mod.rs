@@ -155,40 +155,49 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What is wrong with the settings, if anything.
-    pub fn problem(&self) -> Option<String> {
-        if let Some(problem) = kafka::problem_of_brokers(&self.brokers) {
-            return Some(format!("journal.brokers: {problem}"));
-        }
+    /// What is wrong with the settings. Each problem names its setting first.
+    pub fn problems(&self) -> Vec<String> {
+        let brokers = kafka::problems_of_brokers(&self.brokers).into_iter();
+        let brokers = brokers.map(|problem| format!("journal.brokers: {problem}"));
+        brokers.chain(self.out_of_range()).chain(self.problems_of_options()).collect()
+    }
+
+    fn out_of_range(&self) -> Vec<String> {
+        let mut problems = Vec::new();
         let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         // The longest name that is made of it has to be a topic's.
         if !(1..=200).contains(&self.prefix.len()) || !self.prefix.chars().all(legal) {
-            return Some("journal.prefix has up to 200 letters, digits, \".\", \"_\" and \"-\"".to_owned());
+            problems.push("journal.prefix has up to 200 letters, digits, \".\", \"_\" and \"-\"".to_owned());
         }
         if !(1..=10_000).contains(&self.partitions) {
-            return Some(format!("journal.partitions is {}; it must be from 1 to 10000", self.partitions));
+            problems.push(format!("journal.partitions is {}; it must be from 1 to 10000", self.partitions));
         }
         if !(1..=100).contains(&self.replication) {
-            return Some(format!("journal.replication is {}; it must be from 1 to 100", self.replication));
-        }
-        if !(1..=self.replication).contains(&self.min_insync) {
+            problems.push(format!("journal.replication is {}; it must be from 1 to 100", self.replication));
+        } else if !(1..=self.replication).contains(&self.min_insync) {
             let (given, most) = (self.min_insync, self.replication);
-            return Some(format!("journal.min_insync is {given}; it must be from 1 to journal.replication, {most}"));
+            problems.push(format!("journal.min_insync is {given}; it must be from 1 to journal.replication, {most}"));
         }
         if self.timeout < Duration::from_millis(100) || self.timeout > Duration::from_secs(300) {
-            return Some("journal.timeout must be from 100 ms to 5 minutes".to_owned());
+            problems.push("journal.timeout must be from 100 ms to 5 minutes".to_owned());
         }
         if self.retention < Duration::from_secs(60) {
-            return Some("journal.retention must be at least a minute".to_owned());
+            problems.push("journal.retention must be at least a minute".to_owned());
         }
+        problems
+    }
+
+    fn problems_of_options(&self) -> Vec<String> {
         let mut options = self.options.clone();
         let own = RESERVED_OPTIONS.iter().filter(|(name, _)| options.contains_key(*name));
         let own: Vec<_> = own.map(|(name, reason)| format!("{name:?} cannot be set: {reason}")).collect();
-        if let Some(problem) = kafka::take_reserved(&mut options).into_iter().chain(own).next() {
-            return Some(format!("journal.options: {problem}"));
+        let mut problems: Vec<_> = kafka::take_reserved(&mut options).into_iter().chain(own).collect();
+        problems.extend(kafka::refused_options(&options));
+        if problems.is_empty() && !options.is_empty() {
+            let checked = kafka::check(append::producer(self));
+            problems.extend(checked.err().map(|error| error.to_string()));
         }
-        let refused = self.client().create_native_config().err();
-        refused.map(|error| format!("journal.options: {}", kafka::refused_option(&error)))
+        problems.into_iter().map(|problem| format!("journal.options: {problem}")).collect()
     }
 
     /// The topic of the entries.

@@ -8,10 +8,10 @@ fn config(change: impl FnOnce(&mut Config)) -> Config {
 
 #[test]
 fn what_is_wrong_is_said() {
-    assert_eq!(config(|_| {}).problem(), None);
+    assert_eq!(config(|_| {}).problems(), [""; 0]);
     let check = |change: fn(&mut Config), expected: &str| {
-        let problem = config(change).problem().expect(expected);
-        assert!(problem.contains(expected), "{problem}\n should have {expected}");
+        let problems = config(change).problems();
+        assert!(problems.len() == 1 && problems[0].contains(expected), "{problems:?}\n should have {expected}");
     };
     check(|config| config.brokers.clear(), "journal.brokers: the list of brokers is empty");
     check(|config| config.brokers.push("http://x:1".to_owned()), "is not a broker's address");
@@ -24,11 +24,16 @@ fn what_is_wrong_is_said() {
     check(|config| drop(config.options.insert("acks".into(), "1".into())), "\"acks\" cannot be set");
     check(|config| drop(config.options.insert("group.id".into(), "1".into())), "\"group.id\" cannot be set");
     check(|config| drop(config.options.insert("no.such".into(), "1".into())), "does not know \"no.such\"");
+    check(|config| drop(config.options.insert("max.in.flight".into(), "100".into())), "`max.in.flight` must be");
+    let options = ["acks", "group.id", "no.such", "none.such"].map(|name| (name.to_owned(), "1".to_owned()));
+    let all =
+        Config { brokers: vec!["a b".into(), "c/d".into()], partitions: 0, options: options.into(), ..config(|_| {}) };
+    assert_eq!(all.problems().len(), 7, "{:?}", all.problems());
 }
 
 #[test]
 fn limits_are_within() {
-    let check = |change: fn(&mut Config)| assert_eq!(config(change).problem(), None);
+    let check = |change: fn(&mut Config)| assert_eq!(config(change).problems(), [""; 0]);
     check(|config| config.prefix = "x".repeat(200));
     check(|config| config.partitions = 10_000);
     check(|config| config.min_insync = 3);

@@ -14,8 +14,6 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use rdkafka::ClientConfig;
-use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
-use rdkafka::producer::BaseProducer;
 
 use super::metadata::{self, Binding, Format};
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
@@ -65,17 +63,12 @@ impl Config {
         Some(config)
     }
 
-    /// Whether librdkafka can work with the options: with the files that they name, and with all of them together.
     pub(super) fn check(&self) -> Result<(), BuildError> {
         // What is wrong with one of them alone has been told.
         if self.options.is_empty() || kafka::refused_options(&self.options).next().is_some() {
             return Ok(());
         }
-        let mut client = self.client(Batching::Many);
-        // Nothing is connected to, and nobody wants to hear of that.
-        client.remove("bootstrap.servers").set_log_level(RDKafkaLogLevel::Critical);
-        let made = BaseProducer::from_config_and_context(&client, Log::default());
-        made.map(drop).map_err(|error| BuildError::Client(error.into()))
+        kafka::check(self.client(Batching::Many)).map_err(|error| BuildError::Client(error.into()))
     }
 
     /// The options that name a file.
@@ -192,7 +185,7 @@ impl Kafka {
 
 fn read_brokers(section: &mut Section<'_>) -> String {
     let Some(brokers) = section.require::<Vec<String>>("brokers") else { return String::new() };
-    if let Some(problem) = kafka::problem_of_brokers(&brokers) {
+    for problem in kafka::problems_of_brokers(&brokers) {
         section.problem("brokers", problem);
     }
     brokers.join(",")
