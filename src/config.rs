@@ -196,9 +196,7 @@ impl Config {
     }
 
     fn warnings(&self) -> Vec<String> {
-        let idle = self.ingress.allow.is_none() && !self.ingress.trusted_proxies.is_empty();
-        let idle = idle.then(|| "ingress.trusted_proxies has no effect without ingress.allow".to_owned());
-        idle.into_iter().collect()
+        ingress::Access::warnings(&self.ingress)
     }
 }
 

@@ -19,8 +19,9 @@ mod schema;
 pub mod shared;
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::{OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -131,8 +132,7 @@ impl Ledger {
     ///
     /// [`LedgerError`]: the file can't be read or written, or a newer version wrote it.
     pub fn open(path: &Path) -> Result<Opened, LedgerError> {
-        // It holds what people were sent: nobody else's to read. What SQLite puts beside it is as the file is.
-        OpenOptions::new().append(true).create(true).mode(0o600).open(path).map_err(LedgerError::Create)?;
+        make_private(path).map_err(LedgerError::Create)?;
         let mut connection = Connection::open(path)?;
         connection.busy_timeout(BUSY)?;
         connection.pragma_update(None, "journal_mode", "wal")?;
@@ -337,12 +337,23 @@ fn transact(
     books.transaction.commit().map_err(failed)
 }
 
+/// Makes the file, if there is none, so that only its owner reads it: it holds what people were sent. What SQLite puts
+/// beside it is as the file is.
+fn make_private(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    if file.metadata()?.mode() & 0o077 != 0 {
+        // It may be somebody else's, who lets others in on purpose.
+        drop(file.set_permissions(Permissions::from_mode(0o600)));
+    }
+    Ok(())
+}
+
 /// Why the ledger did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
     /// The file can't be made, or not written.
     #[error("the ledger can't be opened")]
-    Create(#[source] std::io::Error),
+    Create(#[source] io::Error),
     /// SQLite said so, at opening.
     #[error("the ledger can't be opened")]
     Open(#[from] rusqlite::Error),
@@ -359,10 +370,10 @@ pub enum LedgerError {
     },
     /// A file could not be moved to where it belongs.
     #[error("files of the ledger can't be moved")]
-    Move(#[source] std::io::Error),
+    Move(#[source] io::Error),
     /// No thread could be started.
     #[error("the ledger's thread can't be started")]
-    Thread(#[source] std::io::Error),
+    Thread(#[source] io::Error),
     /// The thread has ended.
     #[error("the ledger is closed")]
     Ended,

@@ -13,7 +13,7 @@ mod reloads;
 mod storage;
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -92,10 +92,14 @@ pub async fn run(
     let operators = admin::Gate::new(admin::Access::new(&config.admin)?);
     let admin = listeners.admin.local_addr()?;
     let mut operating = admin::Server::start(operators.clone(), listeners.admin)?;
-    let (started, operated) = Relay::start(&config, rules, origin, operators, &shutdown).await?;
+    let mut asked = shutdown.clone();
+    let (started, operated) = tokio::select! {
+        started = Relay::start(&config, rules, origin, operators, &shutdown) => started?,
+        _ = asked.wait_for(|shutdown| *shutdown != Shutdown::No) => return Ok(()),
+    };
+    let listen = listeners.ingress.local_addr()?;
+    let listener = listeners.ingress.listen(BACKLOG).map_err(|source| RunError::Listen { listen, source })?;
     operating.operate(operated);
-    let listener = listeners.ingress.listen(BACKLOG)?;
-    let listen = listener.local_addr()?;
     info!(%listen, path = %config.ingress.path, sinks, %admin, "accepting webhooks");
     started.serve(listener, shutdown, config.shutdown).await
 }
@@ -274,6 +278,14 @@ pub enum RunError {
     /// Traces.
     #[error(transparent)]
     Traces(#[from] TracesError),
+    /// Another process took the address first.
+    #[error("can't listen on {listen} (ingress.listen)")]
+    Listen {
+        /// The address.
+        listen: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
     /// Sockets and threads.
     #[error("the ingress can't be started")]
     Io(#[from] io::Error),

@@ -44,6 +44,13 @@ impl Access {
         auth.chain(others.into_iter().flatten().flatten()).collect()
     }
 
+    /// What is odd about the settings.
+    pub fn warnings(config: &Config) -> Vec<String> {
+        let idle = config.allow.is_none() && !config.trusted_proxies.is_empty();
+        let idle = idle.then(|| "ingress.trusted_proxies has no effect without ingress.allow".to_owned());
+        idle.into_iter().chain(Auth::warnings(&config.auth)).collect()
+    }
+
     /// Whether a request may come from there.
     pub(super) fn allows(&self, peer: IpAddr, headers: &HeaderMap) -> bool {
         self.origins.as_ref().is_none_or(|origins| origins.allows(peer, headers))

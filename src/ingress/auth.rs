@@ -146,17 +146,27 @@ impl Auth {
         }
         for (index, token) in tokens.iter().enumerate() {
             let name = || token.name.clone();
-            let mut before = tokens.iter().take(index);
-            if token.name.is_empty() || before.clone().any(|other| other.name == token.name) {
+            if token.name.is_empty() || tokens.iter().take(index).any(|other| other.name == token.name) {
                 problems.push(AuthError::Name(name()));
             }
             if let Some(problem) = problem_of_token(&token.value) {
                 problems.push(AuthError::Value(name(), problem));
-            } else if let Some(other) = before.find(|other| other.value == token.value) {
-                problems.push(AuthError::Same(other.name.clone(), name()));
             }
         }
         problems
+    }
+
+    /// What is odd about the setting.
+    pub(super) fn warnings(config: &AuthConfig) -> Vec<String> {
+        let AuthConfig::Tokens { tokens, .. } = config else { return Vec::new() };
+        let same = tokens.iter().enumerate().filter_map(|(index, token)| {
+            let other = tokens.iter().take(index).find(|other| other.value == token.value)?;
+            let (one, other) = (&other.name, &token.name);
+            Some(format!(
+                "ingress.auth.tokens: {one:?} and {other:?} have the same value, which counts as the last of them"
+            ))
+        });
+        same.collect()
     }
 
     /// The name of the token that the request carries; `None` if it carries none, or a wrong one. Takes the same time
@@ -231,9 +241,6 @@ pub enum AuthError {
     /// A value that no request can have.
     #[error("ingress.auth.tokens: the value of {0:?} {1}")]
     Value(String, &'static str),
-    /// A value twice: it would always be taken for the first.
-    #[error("ingress.auth.tokens: {0:?} and {1:?} have the same value")]
-    Same(String, String),
     /// The token file.
     #[error("{} can't be read or written", path.display())]
     File {
@@ -306,10 +313,10 @@ mod tests {
                 "ingress.auth.tokens: the value of \"e\" has a control character, which a header can't have",
             ],
         );
-        check(
-            tokens(&[("old", "s3cret"), ("new", "s3cret")]),
-            &["ingress.auth.tokens: \"old\" and \"new\" have the same value"],
-        );
+        let twice = tokens(&[("old", "s3cret"), ("new", "s3cret")]);
+        let warning = "ingress.auth.tokens: \"old\" and \"new\" have the same value, which counts as the last of them";
+        assert_eq!(Auth::warnings(&twice), [warning]);
+        check(twice, &[]);
         let header = AuthConfig::Tokens { header: "no header".into(), tokens: vec![] };
         check(header, &["ingress.auth.header is \"no header\", which is not a header name"]);
     }

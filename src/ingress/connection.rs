@@ -288,8 +288,14 @@ async fn serve_http2(
                 Expired::Not(at) => timer.as_mut().reset(at),
                 Expired::Idle | Expired::Headers => {
                     connection.as_mut().graceful_shutdown();
-                    // What does not end then is dropped.
-                    return timeout(limits.header_timeout, connection).await.unwrap_or(Ok(()));
+                    // A request may have come in between; what else does not end then is dropped.
+                    loop {
+                        match timeout(limits.header_timeout, &mut connection).await {
+                            Ok(result) => return result,
+                            Err(_) if activity.is_busy() => {}
+                            Err(_) => return Ok(()),
+                        }
+                    }
                 }
             },
             () = told(&mut stop), if !stopping => {
@@ -350,12 +356,16 @@ impl Activity {
         Busy(Arc::clone(self))
     }
 
+    fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Relaxed) > 0
+    }
+
     fn expired(&self, limits: Limits) -> Expired {
         let since = self.started + Duration::from_millis(self.since.load(Ordering::Relaxed));
         let reading = self.reading.load(Ordering::Relaxed);
         let limit = if reading { limits.header_timeout } else { limits.idle_timeout };
         let now = Instant::now();
-        if self.busy.load(Ordering::Relaxed) > 0 {
+        if self.is_busy() {
             // Answering is limited elsewhere. A request may begin right after.
             return Expired::Not(now + limits.header_timeout / 2);
         }

@@ -11,6 +11,9 @@ pub struct BreakerConfig {
     pub probe: Duration,
 }
 
+/// For no longer than this a sink is left alone because one delivery was asked to wait: it may be meant alone.
+const MAX_ASKED: Duration = Duration::from_secs(60);
+
 /// Counts failures; open, it lets one attempt through at a time.
 #[derive(Debug)]
 pub(super) struct Breaker {
@@ -93,7 +96,7 @@ impl Breaker {
     }
 
     fn open(&self, now: Instant, asked: Duration) -> State {
-        State::Open { probe_at: now + self.config.probe.max(asked) }
+        State::Open { probe_at: now + self.config.probe.max(asked.min(MAX_ASKED)) }
     }
 
     /// An attempt failed; the sink has asked to be left alone for so long.
@@ -143,6 +146,9 @@ mod tests {
         assert_eq!(breaker.failed(start + 22 * second, 30 * second), Change::None);
         assert_eq!(breaker.probe_at(), Some(start + 52 * second), "not before the sink wants it");
         assert!(breaker.begin_probe(start + 52 * second));
+        assert_eq!(breaker.failed(start + 52 * second, 9999 * second), Change::None);
+        assert_eq!(breaker.probe_at(), Some(start + 112 * second), "but no longer than that");
+        assert!(breaker.begin_probe(start + 112 * second));
         assert_eq!(breaker.succeeded(), Change::Closed);
         assert!(breaker.is_closed() && breaker.is_untroubled());
         assert_eq!([breaker.gone(start), breaker.gone(start + second)], [Change::Opened, Change::None]);

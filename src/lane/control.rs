@@ -46,6 +46,8 @@ pub struct Stopped;
 pub struct Kept {
     pub(super) paused: bool,
     pub(super) counts: Counts,
+    /// The longest time that the sink has asked to be left alone for.
+    pub(super) asked: Duration,
     pub(super) meters: Meters,
     pub(super) commands: mpsc::Receiver<Command>,
     sender: mpsc::Sender<Command>,
@@ -55,7 +57,8 @@ impl Kept {
     /// For the first lane of a sink.
     pub fn new(metrics: &Metrics, sink: &str) -> Self {
         let (sender, commands) = mpsc::channel(COMMANDS);
-        Self { paused: false, counts: Counts::default(), meters: Meters::new(metrics, sink), commands, sender }
+        let (counts, meters) = (Counts::default(), Meters::new(metrics, sink));
+        Self { paused: false, counts, asked: Duration::ZERO, meters, commands, sender }
     }
 
     /// For a lane that may come later, or never: whoever waits for this one's answers has them from nobody.

@@ -141,8 +141,6 @@ pub struct Lane {
     /// How many were parked since then.
     failing_parked: usize,
     limit: Option<Limit>,
-    /// The longest time that the sink has asked to be left alone for.
-    asked: Duration,
     /// The rate allows the next attempt then.
     limited_until: Option<Instant>,
     /// What outlives the lane when its sink's settings change.
@@ -202,7 +200,6 @@ impl Lane {
             failing_since: None,
             failing_parked: 0,
             limit: config.rate.map(Limit::new),
-            asked: Duration::ZERO,
             limited_until: None,
             kept,
             hold: Hold::No,
@@ -400,7 +397,6 @@ impl Lane {
         while self.has_room()
             && let Some((position, found)) = self.unadmitted.pop_front()
         {
-            self.window.read_to(position);
             if self.window.was_settled(position) {
                 continue;
             }
@@ -413,9 +409,7 @@ impl Lane {
                 }
             }
         }
-        if self.unadmitted.is_empty() {
-            self.window.read_to(self.read_to);
-        }
+        self.window.read_to(self.unadmitted.front().map_or(self.read_to, |(next, _)| *next));
     }
 
     fn admit_event(&mut self, position: Position, event: Event, route: Route) {

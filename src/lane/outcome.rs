@@ -58,6 +58,7 @@ impl Lane {
             }
             Breaking::Closed => {
                 info!(sink = %self.name, "sink is back");
+                self.parking.probe_anew();
                 // What failed meanwhile need not wait any longer.
                 if let Some(since) = self.failing_since {
                     self.changes.push(Change::Hasten { since, due_at: ledger::now() });
@@ -79,7 +80,7 @@ impl Lane {
 
     /// Parks a delivery until its next attempt, and those of its key with it; or buries it if there is none.
     fn retry(&mut self, delivery: Delivery, now: Millis, error: &DeliveryError, asked: Option<Duration>) {
-        self.asked = self.asked.max(asked.unwrap_or_default());
+        self.kept.asked = self.kept.asked.max(asked.unwrap_or_default());
         let after = |wait: Duration| now.saturating_add(Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX));
         let due_at = match (delivery.due_at, delivery.place) {
             (Some(due_at), Place::Parked(id)) => {

@@ -45,7 +45,9 @@ impl Retry {
         if self.max_attempts.is_some_and(|max| attempt >= max) {
             return Next::Exhausted;
         }
-        let wait = self.waits.wait(attempt, chance, asked);
+        // Who asks for more than there is gets what there is.
+        let left = self.max_age.map_or(Duration::MAX, |max| max.saturating_sub(age));
+        let wait = self.waits.wait(attempt, chance, asked.map(|asked| asked.min(left)));
         if self.max_age.is_some_and(|max| age.saturating_add(wait) > max) {
             return Next::Expired;
         }
@@ -122,6 +124,7 @@ mod tests {
         assert_eq!(next(2, 90), Next::After(seconds(10)));
         assert_eq!(next(2, 91), Next::Expired);
         assert_eq!(next(3, 0), Next::Exhausted);
+        assert_eq!(retry.next(1, seconds(40), 0.0, Some(seconds(3600))), Next::After(seconds(60)));
         let endless = Retry { max_attempts: None, max_age: None, ..retry.clone() };
         assert_eq!(endless.next(u32::MAX, Duration::MAX, 0.0, None), Next::After(seconds(10)));
     }

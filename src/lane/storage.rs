@@ -64,7 +64,7 @@ impl Lane {
     /// Looks for parked deliveries that are due; `probe`: for one, whether it is due or not.
     pub(super) fn fetch(&self, probe: bool) -> Storing {
         let (account, now) = (self.account.clone(), ledger::now());
-        let longest = (self.config.retry.waits.longest().max(self.asked) + CLOCK_MARGIN).as_millis();
+        let longest = (self.config.retry.waits.longest().max(self.kept.asked) + CLOCK_MARGIN).as_millis();
         let except = self.parking.except(probe);
         let horizon = now.saturating_add(Millis::try_from(longest).unwrap_or(Millis::MAX));
         let wanted = Wanted { now, horizon, limit: if probe { 1 } else { FETCH }, any: probe, except };
@@ -98,7 +98,8 @@ impl Lane {
             Stored::Fetched(Ok(Due { rows, next })) => {
                 self.parking.looked(next, ledger::now(), now);
                 let found = !rows.is_empty();
-                if !found && next.is_none() && self.changes.is_empty() && !self.parking.probe_anew() {
+                let others_left = !found && self.breaker.is_probing() && self.parking.probe_anew();
+                if !found && !others_left && next.is_none() && self.changes.is_empty() {
                     self.parking.found_none();
                 }
                 rows.into_iter().for_each(|row| self.admit_parked(row));

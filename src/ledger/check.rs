@@ -108,6 +108,7 @@ pub fn salvage(path: &Path, quarantine: &Path) -> Result<Salvaged, LedgerError> 
         fs::remove_file(&fresh).map_err(LedgerError::Move)?;
     }
     let mut salvaged = Salvaged::default();
+    super::make_private(&fresh).map_err(LedgerError::Create)?;
     let mut new = Connection::open(&fresh)?;
     schema::prepare(&mut new, &fresh)?;
     if let Ok(old) = read_only(path) {

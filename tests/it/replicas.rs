@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use http::Request;
 use http_body_util::Full;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::balancer::unused_addresses;
 use crate::brokers::{create_topic, set_topic, shared_kafka, unique};
-use crate::harness::{Client, Receiver, Relay, Reply, Setup, event, eventually};
+use crate::harness::{Client, Receiver, Relay, Reply, Setup, event, eventually, within};
 
 /// The settings of relays that share a journal on the tests' one broker.
 fn settings(prefix: &str, more: &str) -> String {
@@ -72,7 +73,7 @@ async fn a_relay_that_waits_for_brokers_is_alive_and_not_ready() {
         .env("RELAY_ADMIN__LISTEN", admin.to_string())
         .env("RELAY_JOURNAL__KIND", "kafka")
         .env("RELAY_JOURNAL__BROKERS", format!("[\"{nobody}\"]"));
-    let _relay = setup.command(&[]).spawn().expect("it starts");
+    let mut relay = setup.command(&[]).spawn().expect("it starts");
     let probe = async |path: &str| {
         let request = Request::get(path).header("host", "relay").body(Full::default()).expect("a request");
         Client::try_http1(admin).await?.try_send(request).await.ok().map(|answer| answer.status)
@@ -83,6 +84,10 @@ async fn a_relay_that_waits_for_brokers_is_alive_and_not_ready() {
     }
     let refused = TcpStream::connect(ingress).await.expect_err("nobody listens");
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    let pid = relay.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)).expect("it runs");
+    kill_process(pid, Signal::TERM).expect("it runs");
+    let ended = within("its end", relay.wait()).await.expect("a status");
+    assert_eq!(ended.code(), Some(0), "nothing was begun");
 }
 
 #[tokio::test]
@@ -266,7 +271,7 @@ async fn topics_are_made_or_checked_without_serving() {
     }
     setup.file("relay.toml", &settings(&prefix, "").replace("min_insync = 1", "min_insync = 2"));
     let done = setup.run(&["check"], "").await;
-    assert!(done.stderr.contains("journal.min_insync is 2; it must be from 1 to journal.replication, 1"), "{done:?}");
+    assert!(done.stdout.contains("journal.min_insync is 2; it must be from 1 to journal.replication, 1"), "{done:?}");
     setup.file("relay.toml", &settings(&prefix, "").replace("replication = 1", "replication = 2"));
     let done = setup.run(&["check", "--connect"], "").await;
     assert!(done.stderr.contains("it has 1 replicas, fewer than journal.replication, 2"), "{done:?}");

@@ -347,10 +347,7 @@ impl Writer {
         }
         let result = match stopped {
             None => self.sync().map(|()| None),
-            Some(CommitError::Full(reason)) => {
-                self.shared.set_full(Some(reason.to_string()));
-                self.sync().map(|()| Some(AppendError::Full(reason)))
-            }
+            Some(CommitError::Full(reason)) => self.sync().map(|()| Some(AppendError::Full(reason))),
             Some(CommitError::Io(error)) => Err(error),
         };
         result.map_or_else(

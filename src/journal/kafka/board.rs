@@ -53,7 +53,7 @@ pub struct Note {
 }
 
 impl Board {
-    /// Reads what was told so far. What comes of telling more is noted in `reception`.
+    /// Reads what was told so far. Where brokers take what is told, `reception` hears of it.
     ///
     /// # Errors
     ///
@@ -101,13 +101,8 @@ impl Board {
         if let Some(value) = value {
             record = record.payload(value);
         }
-        match self.0.producer.send(record, TIMEOUT).await {
-            Ok(_) => self.0.reception.taken(),
-            Err((error, _)) => {
-                self.0.reception.missed(error.to_string());
-                return Err(error);
-            }
-        }
+        self.0.producer.send(record, TIMEOUT).await.map_err(|(error, _)| error)?;
+        self.0.reception.taken();
         Ok(())
     }
 

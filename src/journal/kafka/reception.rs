@@ -1,4 +1,4 @@
-//! Whether brokers take what is written, as what was written last has shown.
+//! Whether brokers take events, as those that were sent last have shown.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,42 +6,57 @@ use std::time::{Duration, Instant};
 
 /// Where some partitions are taken and others not, something succeeds within this time.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Without events nobody knows: after this time others have to show it anew.
+const MEMORY: Duration = Duration::from_secs(30);
 
-/// What writing has come to. Clones share it.
+/// What sending has come to. Clones share it.
 #[derive(Clone, Default)]
 pub struct Reception(Arc<State>);
 
 #[derive(Default)]
 struct State {
-    /// Whether `since` is something: cheap to read for every append.
+    /// Whether there is a failure: cheap to read for every append.
     is_failing: AtomicBool,
-    /// Since when nothing was taken, and why.
-    since: Mutex<Option<(Instant, String)>>,
+    failure: Mutex<Option<Failure>>,
+}
+
+/// Nothing was taken since the first, until the last.
+struct Failure {
+    first: Instant,
+    last: Instant,
+    reason: String,
 }
 
 impl Reception {
     /// Something was taken.
     pub(super) fn taken(&self) {
         if self.0.is_failing.load(Ordering::Relaxed) {
-            *self.since() = None;
-            self.0.is_failing.store(false, Ordering::Relaxed);
+            self.set(&mut self.failure(), None);
         }
     }
 
-    /// Something was not taken in time.
+    /// An event was not taken in time.
     pub(super) fn missed(&self, reason: String) {
-        self.since().get_or_insert((Instant::now(), reason));
-        self.0.is_failing.store(true, Ordering::Relaxed);
+        let mut failure = self.failure();
+        let last = Instant::now();
+        let first = failure.as_ref().map_or(last, |failure| failure.first);
+        self.set(&mut failure, Some(Failure { first, last, reason }));
     }
 
     /// Why nothing is taken at present, if so.
     pub fn problem(&self) -> Option<String> {
-        let since = self.since();
-        let (_, reason) = since.as_ref().filter(|(since, _)| since.elapsed() >= PATIENCE)?;
-        Some(reason.clone())
+        let failure = self.failure();
+        let failure = failure.as_ref()?;
+        let is_lasting = failure.first.elapsed() >= PATIENCE && failure.last.elapsed() < MEMORY;
+        is_lasting.then(|| failure.reason.clone())
     }
 
-    fn since(&self) -> MutexGuard<'_, Option<(Instant, String)>> {
-        self.0.since.lock().unwrap_or_else(PoisonError::into_inner)
+    fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
+        self.0.failure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, failure: &mut Option<Failure>, to: Option<Failure>) {
+        self.0.is_failing.store(to.is_some(), Ordering::Relaxed);
+        *failure = to;
     }
 }
