@@ -72,9 +72,9 @@ pub(super) async fn compare(
     if last.is_some() && operated.cluster.is_some() {
         return Err(Problem::bad_request("`last` has no meaning with a journal of several partitions; use `since`"));
     }
-    let period = Period::new(since, until)?;
     let turn = Arc::clone(&operated.comparing).lock_owned().await;
-    let (events, before) = (Events { journal: operated.journal.clone(), last, period }, operated.table());
+    let (events, before) =
+        (Events { journal: operated.journal.clone(), last, period: Period { since, until } }, operated.table());
     let (answer, answered) = oneshot::channel();
     let compare = move || {
         let _turn = turn;

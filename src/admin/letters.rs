@@ -13,7 +13,6 @@ use tokio::time::{Instant, sleep_until};
 use utoipa::{IntoParams, ToSchema};
 
 use super::problem::{Failed, Json, Path, Problem, Query};
-use super::time::Period;
 use super::{BULK_LIMIT, Operated, Shared, limit, time};
 use crate::event::{Event, Field, rfc3339};
 use crate::journal::Position;
@@ -177,7 +176,7 @@ pub(super) async fn list(
     Query(selection): Query<Selection>,
 ) -> Result<Json<DeadLetters>, Problem> {
     let limit = limit(selection.limit, LIST_LIMIT)?;
-    let filter = selection.filter()?;
+    let filter = selection.filter();
     let mut letters = operated.letters(move |letters| letters.list(&filter, limit + 1)).await?;
     let more = letters.len() > limit;
     letters.truncate(limit);
@@ -313,7 +312,7 @@ struct Rest {
 
 impl Rest {
     async fn new(operated: &Operated, selection: Selection) -> Result<Self, Problem> {
-        let mut filter = selection.filter()?;
+        let mut filter = selection.filter();
         let up_to = match filter.up_to {
             Some(up_to) => up_to,
             None => {
@@ -412,9 +411,8 @@ fn routed(operated: &Operated, letter: &Letter, scratch: &mut Scratch) -> Vec<St
 }
 
 impl Selection {
-    fn filter(&self) -> Result<Filter, Problem> {
-        Period::new(self.since, self.until)?;
-        Ok(Filter {
+    fn filter(&self) -> Filter {
+        Filter {
             sink: self.sink.clone(),
             status: self.status.clone(),
             reason: self.reason.clone(),
@@ -425,7 +423,7 @@ impl Selection {
             event_id: self.event_id.clone(),
             after: self.after,
             up_to: self.up_to,
-        })
+        }
     }
 }
 

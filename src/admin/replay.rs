@@ -81,7 +81,7 @@ pub(super) async fn replay(
     let up_to = replay.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));
     let table = operated.table();
     let sink = table.sink(&replay.sink).ok_or_else(|| Problem::internal("the sink is not in the rules"))?;
-    let period = Period::new(replay.since, replay.until)?;
+    let period = Period { since: replay.since, until: replay.until };
     let start = replay.from.map_or_else(|| period.start(), |from| Start::At(Position::from_stored(from)));
     let search = Search { table, sink, period, when, up_to, limit };
     operated.letters.has_room(&lane).await?;

@@ -4,7 +4,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer};
 
-use super::problem::Problem;
 use crate::event::{Event, rfc3339};
 use crate::journal::Start;
 use crate::ledger::{Millis, millis};
@@ -25,23 +24,13 @@ pub(super) fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Opt
     parse(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
-/// From when to when: at or after the one, before the other.
+/// When events were received: at or after the one, before the other.
 pub(super) struct Period {
-    since: Option<Millis>,
-    until: Option<Millis>,
+    pub(super) since: Option<Millis>,
+    pub(super) until: Option<Millis>,
 }
 
 impl Period {
-    /// Whatever is asked for has to be possible: an empty period is a mistake, two times in each other's place.
-    pub(super) fn new(since: Option<Millis>, until: Option<Millis>) -> Result<Self, Problem> {
-        match (since, until) {
-            (Some(since), Some(until)) if since >= until => {
-                Err(Problem::bad_request("`since` must be before `until`: nothing is in between"))
-            }
-            _ => Ok(Self { since, until }),
-        }
-    }
-
     /// Where in the journal to begin to look for them.
     pub(super) fn start(&self) -> Start {
         self.since.map_or(Start::Earliest, |since| Start::WrittenSince(system(since)))
@@ -62,18 +51,6 @@ fn parse(text: &str) -> Result<Millis, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn periods_are_not_empty() {
-        let check =
-            |since, until, expected| assert_eq!(Period::new(since, until).is_ok(), expected, "{since:?} {until:?}");
-        check(None, None, true);
-        check(Some(5), None, true);
-        check(None, Some(5), true);
-        check(Some(4), Some(5), true);
-        check(Some(5), Some(5), false);
-        check(Some(6), Some(5), false);
-    }
 
     #[test]
     fn times_are_read_as_they_are_written() {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use http::{Method, StatusCode};
 use reqwest::Url;
 use serde::de::DeserializeOwned;
@@ -133,6 +133,15 @@ pub(super) fn time(text: &str) -> Result<String, String> {
     SystemTime::now().checked_sub(ago).map(rfc3339).ok_or_else(message)
 }
 
+/// Refuses a period in which nothing can be: two times in each other's place. Both as [`time`] gives them.
+pub(super) fn check_period(since: Option<&str>, until: Option<&str>) -> anyhow::Result<()> {
+    let parse = |text: &str| text.parse::<jiff::Timestamp>();
+    if let (Some(since), Some(until)) = (since, until) {
+        ensure!(parse(since)? < parse(until)?, "--since must be before --until: nothing is in between");
+    }
+    Ok(())
+}
+
 /// Rows under headings, in columns as wide as they have to be.
 pub(super) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
@@ -182,5 +191,9 @@ mod tests {
         assert_eq!(time("2026-01-31T12:00:00Z").unwrap(), "2026-01-31T12:00:00Z");
         assert!(time("2h").unwrap() < rfc3339(SystemTime::now()));
         assert!(time("soon").unwrap_err().contains("RFC 3339"));
+        let check = |since: &str, until: &str| check_period(Some(&time(since).unwrap()), Some(&time(until).unwrap()));
+        assert!(check("2h", "1h").is_ok() && check("2026-01-31T12:00:00Z", "2026-01-31T12:00:00+01:00").is_err());
+        assert!(check("1h", "2h").is_err() && check("2026-01-31T12:00:00Z", "2026-01-31T12:00:00Z").is_err());
+        assert!(check_period(None, Some("x")).is_ok());
     }
 }

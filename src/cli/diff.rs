@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::api::{Api, table, time};
+use super::api::{Api, check_period, table, time};
 use super::{Global, print};
 use crate::document::{Environment, Lookup, Problem, Unresolved};
 use crate::event;
@@ -73,6 +73,7 @@ fn ask(global: &Global, arguments: &Arguments) -> anyhow::Result<Value> {
     let mut body = Map::new();
     body.insert("rules".to_owned(), json!(source));
     body.extend(arguments.last.map(|last| ("last".to_owned(), json!(last))));
+    check_period(arguments.since.as_deref(), arguments.until.as_deref())?;
     let times = [("since", &arguments.since), ("until", &arguments.until)];
     body.extend(times.into_iter().filter_map(|(name, time)| Some((name.to_owned(), json!(time.as_ref()?)))));
     let progress = if global.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };

@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::api::{Api, elements, number, table, text, time};
+use super::api::{Api, check_period, elements, number, table, text, time};
 use super::{Global, bar, examples, print};
 
 /// How many one request takes when no rate is asked for.
@@ -102,7 +102,7 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<ExitCode
     let api = Api::new(global)?;
     match command {
         Command::List { filter, limit, after } => {
-            let mut query = filter.pairs();
+            let mut query = filter.pairs()?;
             query.push(("limit", limit.to_string()));
             query.extend(after.map(|after| ("after", after.to_string())));
             let page: Value = api.get(&["dead-letters"], &query)?;
@@ -176,7 +176,7 @@ impl Which {
         options: &Map<String, Value>,
         limit: u64,
     ) -> anyhow::Result<Done> {
-        let filter = self.filter.pairs();
+        let filter = self.filter.pairs()?;
         if filter.is_empty() && !self.all {
             bail!("which dead letters? Give their numbers, a filter such as --sink, or --all");
         }
@@ -205,7 +205,8 @@ impl Which {
 }
 
 impl Filter {
-    fn pairs(&self) -> Vec<(&'static str, String)> {
+    fn pairs(&self) -> anyhow::Result<Vec<(&'static str, String)>> {
+        check_period(self.since.as_deref(), self.until.as_deref())?;
         let fields = [
             ("sink", &self.sink),
             ("status", &self.status),
@@ -216,7 +217,7 @@ impl Filter {
             ("key", &self.key),
             ("event_id", &self.event_id),
         ];
-        fields.into_iter().filter_map(|(name, value)| Some((name, value.clone()?))).collect()
+        Ok(fields.into_iter().filter_map(|(name, value)| Some((name, value.clone()?))).collect())
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
-use super::api::{Api, number, time};
+use super::api::{Api, check_period, number, time};
 use super::{Global, print};
 
 /// How many one request takes when no rate is asked for.
@@ -39,6 +39,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     let mut say = |name: &str, value: Value| drop(body.insert(name.to_owned(), value));
     say("sink", json!(arguments.sink));
     say("limit", json!(limit));
+    check_period(arguments.since.as_deref(), arguments.until.as_deref())?;
     let times = [("since", &arguments.since), ("until", &arguments.until)];
     times.into_iter().filter(|(_, time)| time.is_some()).for_each(|(name, time)| say(name, json!(time)));
     if let Some(when) = &arguments.when {

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Where some partitions are taken and others not, something succeeds within this time.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Where a broker has gone, others take its partitions within this time; and what goes to others succeeds meanwhile.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Without events nobody knows: after this time others have to show it anew.
 const MEMORY: Duration = Duration::from_secs(30);
 
