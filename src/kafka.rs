@@ -1,6 +1,7 @@
 //! What those share who speak to Kafka: a producer, librdkafka's log, and what may be said about brokers and options.
 
 mod producer;
+mod silence;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,21 +1,22 @@
-//! A librdkafka producer that is replaced when it has failed for good.
+//! A librdkafka producer that is replaced when it has failed for good, or gets nothing through to a partition any more.
 
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::message::{Header, Message as _, OwnedHeaders};
 use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _};
 use tracing::warn;
 
 use super::Log;
+use super::silence::Silence;
 
 /// How long a producer that is not needed any more waits for what is on its way.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -81,6 +82,7 @@ pub struct Producer {
     state: ArcSwap<State>,
     /// Held while the state is changed.
     changing: Mutex<()>,
+    silence: Silence,
 }
 
 enum State {
@@ -92,7 +94,13 @@ enum State {
 impl Producer {
     /// For a sink, or for the journal.
     pub fn new(log: Log, config: ClientConfig) -> Self {
-        Self { config, log, state: ArcSwap::from_pointee(State::Unmade), changing: Mutex::new(()) }
+        Self {
+            config,
+            log,
+            state: ArcSwap::from_pointee(State::Unmade),
+            changing: Mutex::new(()),
+            silence: Silence::default(),
+        }
     }
 
     /// Makes the producer now, so that a mistake in its settings shows at the start.
@@ -150,9 +158,17 @@ impl Producer {
     pub fn poll_arrived(&self, sent: &mut Sent, cx: &mut Context<'_>) -> Poll<Result<Place, SendError>> {
         let error = match ready!(Pin::new(&mut sent.0).poll(cx)) {
             Ok(Ok(accepted)) => {
+                self.silence.heard(accepted.partition);
                 return Poll::Ready(Ok(Place { partition: accepted.partition, offset: accepted.offset }));
             }
-            Ok(Err((error, _message))) => SendError::Report(code_of(&error)),
+            Ok(Err((error, message))) => {
+                let code = code_of(&error);
+                if code == RDKafkaErrorCode::MessageTimedOut && self.silence.missed(message.partition(), Instant::now())
+                {
+                    self.replace_silent(message.topic(), message.partition());
+                }
+                SendError::Report(code)
+            }
             Err(_canceled) => SendError::Closed,
         };
         self.replace_failed();
@@ -192,9 +208,26 @@ impl Producer {
         let changing = self.lock();
         let state = self.state.load_full();
         let Some((code, reason)) = state.failure() else { return };
+        self.let_go(state, changing);
+        warn!(sink = self.log.sink(), %code, reason, "the producer failed for good and is made anew");
+    }
+
+    /// Another is made for the next record.
+    fn replace_silent(&self, topic: &str, partition: i32) {
+        let changing = self.lock();
+        let state = self.state.load_full();
+        if let State::Made(_) = &*state {
+            self.let_go(state, changing);
+            warn!(
+                sink = self.log.sink(),
+                topic, partition, "nothing gets through to a partition; the producer is made anew"
+            );
+        }
+    }
+
+    fn let_go(&self, state: Arc<State>, changing: MutexGuard<'_, ()>) {
         self.state.store(Arc::new(State::Unmade));
         drop(changing);
-        warn!(sink = self.log.sink(), %code, reason, "the producer failed for good and is made anew");
         // What is on its way gets its report, or is given up. The last one to let go waits for librdkafka's threads.
         tokio::task::spawn_blocking(move || drop(state.flush()));
     }

@@ -29,6 +29,8 @@ use tokio::time::timeout;
 
 use crate::harness::{DEADLINE, Received, Receiver, Reply, eventually, within};
 
+/// How long a reader of Kafka waits for the next message before it begins anew where it was.
+const SILENT: Duration = Duration::from_secs(10);
 /// How long a reader waits before it connects again.
 const RECONNECT: Duration = Duration::from_millis(100);
 /// How long connecting may take before a reader tries again.
@@ -431,18 +433,31 @@ pub(crate) struct KafkaReader {
 
 impl KafkaReader {
     pub(crate) fn new(brokers: &str, topics: &[&str]) -> Self {
-        let consumer = consumer(brokers, topics, PARTITIONS);
+        let (brokers, mut next) = (brokers.to_owned(), from_the_beginning(topics, PARTITIONS));
         let inbox = Inbox::new();
         let to = inbox.clone();
         let task = tokio::spawn(async move {
             loop {
-                // Errors tell of brokers that are away; what was sent there comes when they are back.
-                if let Ok(message) = consumer.recv().await {
-                    to.push(from_kafka(&message));
-                }
+                let consumer = consumer_of(&brokers, &next);
+                read_on(&consumer, &mut next, &to).await;
             }
         });
         Self { inbox, task }
+    }
+}
+
+/// Reads until nothing has come for a while. librdkafka may lose a partition's leader for good when a broker goes and comes
+/// back (<https://github.com/confluentinc/librdkafka/issues/5430>): another consumer finds it.
+async fn read_on(consumer: &StreamConsumer, next: &mut TopicPartitionList, to: &Inbox) {
+    let mut last = Instant::now();
+    while last.elapsed() < SILENT {
+        // Errors tell of brokers that are away; what was sent there comes when they are back.
+        if let Ok(Ok(message)) = timeout(SILENT, consumer.recv()).await {
+            let following = Offset::Offset(message.offset() + 1);
+            next.set_partition_offset(message.topic(), message.partition(), following).expect("one of ours");
+            to.push(from_kafka(&message));
+            last = Instant::now();
+        }
     }
 }
 
@@ -454,6 +469,20 @@ impl Drop for KafkaReader {
 
 /// What reads so many partitions of topics, each from its beginning: only what is committed, if it is in transactions.
 pub(crate) fn consumer(brokers: &str, topics: &[&str], partitions: i32) -> StreamConsumer {
+    consumer_of(brokers, &from_the_beginning(topics, partitions))
+}
+
+fn from_the_beginning(topics: &[&str], partitions: i32) -> TopicPartitionList {
+    let mut list = TopicPartitionList::new();
+    for topic in topics {
+        for partition in 0..partitions {
+            list.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
+        }
+    }
+    list
+}
+
+fn consumer_of(brokers: &str, assigned: &TopicPartitionList) -> StreamConsumer {
     let consumer: StreamConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("group.id", unique("reader"))
@@ -462,13 +491,7 @@ pub(crate) fn consumer(brokers: &str, topics: &[&str], partitions: i32) -> Strea
         .set("reconnect.backoff.max.ms", "500")
         .create()
         .expect("a consumer");
-    let mut assigned = TopicPartitionList::new();
-    for topic in topics {
-        for partition in 0..partitions {
-            assigned.add_partition_offset(topic, partition, Offset::Beginning).expect("an offset");
-        }
-    }
-    consumer.assign(&assigned).expect("an assignment");
+    consumer.assign(assigned).expect("an assignment");
     consumer
 }
 

@@ -126,8 +126,6 @@ impl Config {
             .set("socket.keepalive.enable", "true")
             .set("socket.nagle.disable", "true")
             .set("request.timeout.ms", &timeout)
-            // Or else it is only a time-out that tells of a topic that is not there.
-            .set("topic.metadata.propagation.max.ms", "1000")
             .set("reconnect.backoff.ms", "100")
             .set("reconnect.backoff.max.ms", "5000");
         for (name, value) in &self.options {

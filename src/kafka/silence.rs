@@ -1,0 +1,66 @@
+//! Partitions that nothing gets through to any more. Pure: the caller brings the time.
+//!
+//! librdkafka may lose a partition's leader for good when it was told that there is none
+//! (<https://github.com/confluentinc/librdkafka/issues/5430>): all that is sent there times out, also when the broker is back.
+//! Another producer finds it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a partition may be silent before another producer is tried.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Since when each partition is silent that is. Those of several topics count as one.
+#[derive(Default)]
+pub(super) struct Silence {
+    /// Whether there is one: cheap to read for every record.
+    is_broken: AtomicBool,
+    since: Mutex<HashMap<i32, Instant>>,
+}
+
+impl Silence {
+    /// A partition took a record.
+    pub(super) fn heard(&self, partition: i32) {
+        if self.is_broken.load(Ordering::Relaxed) {
+            let mut since = self.since();
+            since.remove(&partition);
+            self.is_broken.store(!since.is_empty(), Ordering::Relaxed);
+        }
+    }
+
+    /// A partition took no record in time. Says whether to try another producer, of which nothing is known then.
+    pub(super) fn missed(&self, partition: i32, now: Instant) -> bool {
+        let mut since = self.since();
+        let first = *since.entry(partition).or_insert(now);
+        let is_over = now.duration_since(first) >= PATIENCE;
+        if is_over {
+            since.clear();
+        }
+        self.is_broken.store(!is_over, Ordering::Relaxed);
+        is_over
+    }
+
+    fn since(&self) -> MutexGuard<'_, HashMap<i32, Instant>> {
+        self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partition_is_silent_until_it_is_heard() {
+        let (silence, start, second) = (Silence::default(), Instant::now(), Duration::from_secs(1));
+        silence.heard(1);
+        assert!(!silence.missed(1, start) && !silence.missed(2, start + 10 * second));
+        silence.heard(2);
+        assert!(!silence.missed(1, start + 29 * second) && !silence.missed(2, start + 39 * second));
+        assert!(silence.missed(1, start + 30 * second));
+        assert!(!silence.missed(1, start + 31 * second) && !silence.missed(2, start + 59 * second), "it begins anew");
+        silence.heard(1);
+        assert!(!silence.missed(1, start + 70 * second) && silence.missed(2, start + 89 * second));
+    }
+}
