@@ -148,7 +148,7 @@ impl<'c> Brokers<'c> {
         for (name, value) in &topic.settings {
             new = new.set(name, value);
         }
-        let created = self.admin.create_topics([&new], &options()).await.map_err(|error| self.unreachable(&error))?;
+        let created = self.asked(async || self.admin.create_topics([&new], &options()).await).await?;
         match created.into_iter().next() {
             // Another replica was faster.
             Some(Err((_, Code::TopicAlreadyExists))) | None => Ok(()),
@@ -169,6 +169,18 @@ impl<'c> Brokers<'c> {
                     _ => String::new(),
                 };
                 Err(OpenError::Create { topic: name, reason: format!("{code}{hint}") })
+            }
+        }
+    }
+
+    /// Asks again where librdkafka has ended the connection that it had chosen: those to `journal.brokers` end when it has
+    /// found the brokers themselves.
+    async fn asked<T>(&self, ask: impl AsyncFn() -> KafkaResult<T>) -> Result<T, OpenError> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            match ask().await {
+                Err(KafkaError::AdminOp(Code::DestroyBroker)) if Instant::now() < deadline => sleep(POLL).await,
+                result => return result.map_err(|error| self.unreachable(&error)),
             }
         }
     }
@@ -208,8 +220,7 @@ impl<'c> Brokers<'c> {
         let names: Vec<_> = wanted.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            let described =
-                self.admin.describe_configs(&names, &options()).await.map_err(|error| self.unreachable(&error))?;
+            let described = self.asked(async || self.admin.describe_configs(&names, &options()).await).await?;
             let is_unknown = |described: &ConfigResourceResult| match described {
                 // A broker that has only heard of a topic knows no settings of it.
                 Ok(described) => described.entries.is_empty(),
