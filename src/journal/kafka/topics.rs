@@ -26,8 +26,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The longest batch of records that brokers take unless they are told otherwise, in bytes.
 const MAX_MESSAGE: u64 = 1_048_588;
 
-/// How long brokers that can't be reached are asked again, and librdkafka may take to say why.
+/// How long, and how often at most, brokers that can't be reached are asked again, and librdkafka may take to say why.
 const ASKING: Duration = Duration::from_secs(3);
+const ASKED: usize = 4;
 const HEARING: Duration = Duration::from_millis(50);
 
 /// What was found.
@@ -250,11 +251,17 @@ fn reason(config: &Config) -> Option<String> {
     let mut client = config.client();
     client.set("log.connection.close", "true").set_log_level(RDKafkaLogLevel::Info);
     let client = BaseProducer::from_config_and_context(&client, Reasons::default()).ok()?;
-    if client.client().fetch_metadata(None, ASKING).is_ok() {
-        return None;
+    for _ in 0..ASKED {
+        if client.client().fetch_metadata(None, ASKING).is_ok() {
+            return None;
+        }
+        client.poll(HEARING);
+        let last = client.context().last().take();
+        if last.is_some() {
+            return last;
+        }
     }
-    client.poll(HEARING);
-    client.context().last().take()
+    None
 }
 
 fn wanted(config: &Config) -> [Wanted; 4] {
