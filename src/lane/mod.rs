@@ -377,7 +377,7 @@ impl Lane {
         self.parking.total() + self.window.unsettled() < self.config.max_parked
     }
 
-    /// Takes what was read from the journal.
+    /// Takes what was read from the journal, to be admitted next.
     fn take(&mut self, batch: Result<Batch, ReadError>) {
         let batch = match batch {
             Ok(batch) => batch,
@@ -389,7 +389,6 @@ impl Lane {
         };
         self.unadmitted.extend(batch.found);
         self.read_to = batch.read_to;
-        self.admit();
     }
 
     /// Begins to deliver what was read, as far as all of it could be parked.

@@ -49,7 +49,7 @@ pub struct Config {
 impl Config {
     pub(super) fn read(section: &mut Section<'_>) -> Option<Self> {
         let topic = read_topic(section);
-        let config = Self {
+        Some(Self {
             brokers: read_brokers(section),
             key: section.template("key"),
             headers: metadata::read_headers(section, Binding::Kafka, |name, _| {
@@ -59,8 +59,7 @@ impl Config {
             timeout: super::read_timeout(section, DEFAULT_TIMEOUT),
             options: read_options(section),
             topic: topic?,
-        };
-        Some(config)
+        })
     }
 
     pub(super) fn check(&self) -> Result<(), BuildError> {
