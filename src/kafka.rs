@@ -1,5 +1,7 @@
-//! What those share who speak to Kafka: a producer, librdkafka's log, and what may be said about brokers and options.
+//! What those share who speak to Kafka: a producer, following a topic, librdkafka's log, and what may be said about brokers and
+//! options.
 
+mod follower;
 mod producer;
 mod silence;
 
@@ -14,7 +16,9 @@ use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 use rdkafka::{ClientConfig, ClientContext};
 use tracing::{debug, info, warn};
 
+pub use follower::Follower;
 pub use producer::{Place, Producer, Record, SendError, Sent};
+pub use silence::Silence;
 
 /// librdkafka properties that nobody may set, and why.
 pub const RESERVED_OPTIONS: [(&str, &str); 12] = [
@@ -92,6 +96,8 @@ impl ClientContext for Log {
     fn error(&self, error: KafkaError, reason: &str) {
         let sink = self.sink();
         match error.rdkafka_error_code() {
+            // That is none.
+            Some(Code::PartitionEOF) => {}
             // That follows from the others.
             Some(Code::AllBrokersDown) => debug!(sink, %error, reason, "librdkafka reports an error"),
             _ if self.note(reason) => warn!(sink, %error, reason, "librdkafka reports an error"),
@@ -109,6 +115,14 @@ impl ProducerContext for Log {
     type DeliveryOpaque = ();
 
     fn delivery(&self, _result: &DeliveryResult<'_>, (): ()) {}
+}
+
+/// Ends a client that is given up, on a thread of its own: librdkafka may take long for that, or for ever.
+pub fn end_aside(client: impl Send + 'static) {
+    let ending = std::thread::Builder::new().name("kafka-end".to_owned()).spawn(move || drop(client));
+    if let Err(error) = ending {
+        debug!(%error, "a client was ended here and now");
+    }
 }
 
 /// What is wrong with a list of brokers.

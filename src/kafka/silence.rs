@@ -1,28 +1,28 @@
-//! Partitions that nothing gets through to any more. Pure: the caller brings the time.
+//! Partitions that nothing gets through to, or from, any more. Pure: the caller brings the time.
 //!
 //! librdkafka may lose a partition's leader for good when it was told that there is none
-//! (<https://github.com/confluentinc/librdkafka/issues/5430>): all that is sent there times out, also when the broker is back.
-//! Another producer finds it.
+//! (<https://github.com/confluentinc/librdkafka/issues/5430>): all that is sent there times out, and nothing is read from there,
+//! also when the broker is back. Another client finds it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a partition may be silent before another producer is tried.
+/// How long a partition may be silent before another client is tried.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Since when each partition is silent that is. Those of several topics count as one.
 #[derive(Default)]
-pub(super) struct Silence {
+pub struct Silence {
     /// Whether there is one: cheap to read for every record.
     is_broken: AtomicBool,
     since: Mutex<HashMap<i32, Instant>>,
 }
 
 impl Silence {
-    /// A partition took a record.
-    pub(super) fn heard(&self, partition: i32) {
+    /// A partition took or gave a record, or there is none to give.
+    pub fn heard(&self, partition: i32) {
         if self.is_broken.load(Ordering::Relaxed) {
             let mut since = self.since();
             since.remove(&partition);
@@ -30,8 +30,9 @@ impl Silence {
         }
     }
 
-    /// A partition took no record in time. Says whether to try another producer, of which nothing is known then.
-    pub(super) fn missed(&self, partition: i32, now: Instant) -> bool {
+    /// A partition took no record in time, or gave none although it has some. Says whether to try another client, of which
+    /// nothing is known then.
+    pub fn missed(&self, partition: i32, now: Instant) -> bool {
         let mut since = self.since();
         let first = *since.entry(partition).or_insert(now);
         let is_over = now.duration_since(first) >= PATIENCE;

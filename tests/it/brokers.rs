@@ -22,6 +22,7 @@ use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{Consumer as _, StreamConsumer};
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -145,6 +146,24 @@ impl OwnBroker {
     /// Starts one of Kafka's nodes again, with what it has on disk, and waits until it answers.
     pub(crate) async fn start_node_again(&self, node: usize) {
         self.script(&["start", "kafka", "--node", &node.to_string()]).await;
+    }
+
+    /// Sends one of Kafka's nodes a signal.
+    pub(crate) fn signal_node(&self, node: usize, signal: Signal) {
+        let file = self.dir.join(format!("kafka-{node}/pid"));
+        let pid = std::fs::read_to_string(&file).expect("the node runs");
+        let pid = pid.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+        kill_process(pid.expect("a pid"), signal).expect("the node runs");
+    }
+
+    /// Waits until nobody leads some partition of a topic.
+    pub(crate) async fn leaderless(&self, topic: &str) {
+        let (admin, topic) = (Arc::new(admin(&self.address())), Arc::<str>::from(topic));
+        eventually("a partition without a leader", async || {
+            let (admin, topic) = (Arc::clone(&admin), Arc::clone(&topic));
+            spawn_blocking(move || is_leaderless(&admin, &topic)).await.expect("no panic")
+        })
+        .await;
     }
 
     /// Waits until every copy of every partition is in sync.
@@ -401,6 +420,15 @@ fn all_in_sync(admin: &AdminClient<DefaultClientContext>) -> bool {
     metadata.is_ok_and(|metadata| {
         let mut partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
         partitions.all(|partition| partition.isr().len() == partition.replicas().len())
+    })
+}
+
+/// Whether some partition of a topic has no leader, as some broker knows it; false if none answers.
+fn is_leaderless(admin: &AdminClient<DefaultClientContext>, topic: &str) -> bool {
+    let metadata = admin.inner().fetch_metadata(Some(topic), RECONNECT * 50);
+    metadata.is_ok_and(|metadata| {
+        let mut partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
+        partitions.any(|partition| partition.leader() == -1)
     })
 }
 

@@ -33,6 +33,7 @@ async fn a_cluster_stands_what_comes_and_goes() {
     a_deleted_replicas_parked_deliveries_go_out_from_another(&kafka).await;
     a_frozen_replica_commits_nothing(&kafka).await;
     too_few_in_sync_replicas(&kafka).await;
+    a_broker_with_the_only_copies_hangs(&kafka).await;
     everything_arrives(&kafka).await;
 }
 
@@ -377,6 +378,39 @@ async fn too_few_in_sync_replicas(kafka: &OwnBroker) {
     accepted.extend(until_accepted(&relay, 20_000).await);
     inbox.wait_for_ids("HTTP", accepted).await;
     settled(&relay, "http").await;
+    relay.stop().await;
+}
+
+// ---- a broker that hangs -------------------------------------------------------------------------------------
+
+/// A broker that says nothing for a while is left behind, and nobody leads the partitions of which it has the only copy. When it
+/// goes on, clients hear that from it for a moment, and librdkafka may take it for good: then other clients have to find them.
+async fn a_broker_with_the_only_copies_hangs(kafka: &OwnBroker) {
+    const HANGS: usize = 2;
+    let (server, inbox) = receiver(|_| Reply::Status(200)).await;
+    let mut shared = Shared::new(kafka, "hangs", &server.routes(), "");
+    shared.settings = shared.settings.replace("replication = 3\nmin_insync = 2", "replication = 1\nmin_insync = 1");
+    let relay = shared.replica().start().await;
+    let everywhere = relay.post(batch(0..100)).await.ids();
+    inbox.wait_for_ids("HTTP", everywhere).await;
+    kafka.signal_node(HANGS, Signal::STOP);
+    kafka.leaderless(&format!("{}.events", shared.prefix)).await;
+    let load = Load::new(8, POLL);
+    load.to(Some(relay.address()));
+    kafka.signal_node(HANGS, Signal::CONT);
+    let since = Instant::now();
+    // Every partition takes events again, and gives them.
+    eventually("events to be accepted by all partitions", async || relay.post(batch(1000..1100)).await.status == 200)
+        .await;
+    let accepted = since.elapsed();
+    let acked = load.stop().await.acked;
+    let everywhere = relay.post(batch(2000..2100)).await.ids();
+    inbox.wait_for_ids("HTTP", acked.into_iter().map(|acked| acked.id).chain(everywhere)).await;
+    settled(&relay, "http").await;
+    eprintln!(
+        "a broker hangs: all partitions have taken events after {accepted:.1?}, and given them after {:.1?}",
+        since.elapsed()
+    );
     relay.stop().await;
 }
 

@@ -26,6 +26,13 @@ struct OpenSegment {
     scanner: Scanner,
 }
 
+/// A segment as it is known at one time.
+struct Part {
+    segment: Segment,
+    /// The first sequence number of the one after it.
+    next_first: Option<u64>,
+}
+
 impl Reader {
     pub(super) fn new(shared: Arc<Shared>, start: Start) -> Self {
         let durable = shared.durable.subscribe();
@@ -92,13 +99,33 @@ impl Reader {
     /// [`ReadError`]; nothing is passed over, so that reading can be tried again.
     pub fn read(&mut self, max_bytes: u64, mut visit: impl FnMut(Position, Bytes) -> bool) -> Result<(), ReadError> {
         let mut left = max_bytes;
-        while left > 0 && self.next < self.end() {
-            let Some((segment, next_first)) = self.segment()? else { return Ok(()) };
-            let Some(open) = &mut self.open else { return Ok(()) };
+        loop {
+            // In this order: whatever is durable by then, the segments have.
+            let end = self.end();
+            if left == 0 || self.next >= end {
+                return Ok(());
+            }
+            let Some(part) = self.part()? else { return Ok(()) };
+            if !self.read_part(&part, end, &mut left, &mut visit)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads on in a segment, up to `end`; whether there may be more after it.
+    fn read_part(
+        &mut self,
+        Part { segment, next_first }: &Part,
+        end: Position,
+        left: &mut u64,
+        visit: &mut impl FnMut(Position, Bytes) -> bool,
+    ) -> Result<bool, ReadError> {
+        while *left > 0 && self.next < end {
+            let Some(open) = &mut self.open else { return Ok(true) };
             let item = open.scanner.next(segment.end).map_err(|source| read_error(&open.path, source))?;
             match item {
                 Item::Record { header, payload } => {
-                    left = left.saturating_sub(header.record_len());
+                    *left = left.saturating_sub(header.record_len());
                     self.passed_to(header.seq, &segment.path);
                     for (entry, seq) in record::entries(payload).zip(header.seq..) {
                         if seq >= self.next.0 {
@@ -106,7 +133,7 @@ impl Reader {
                             if !visit(Position(seq), entry) {
                                 // The rest of the record is read again.
                                 self.open = None;
-                                return Ok(());
+                                return Ok(false);
                             }
                         }
                     }
@@ -115,7 +142,7 @@ impl Reader {
                 Item::Damaged { bytes } => {
                     tracing::error!(file = %open.path.display(), offset = bytes.start, bytes = bytes.end - bytes.start, "journal is damaged; passing over it");
                 }
-                Item::End { .. } => match next_first {
+                Item::End { .. } => match *next_first {
                     Some(first) => {
                         self.passed_to(first, &segment.path);
                         self.open = None;
@@ -125,11 +152,11 @@ impl Reader {
                         open.scanner.skip_to(segment.end, segment.next_seq);
                         self.passed_to(segment.next_seq, &segment.path);
                     }
-                    None => return Ok(()),
+                    None => return Ok(false),
                 },
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Moves to `seq`, and says so if entries were missing before it.
@@ -142,21 +169,22 @@ impl Reader {
         }
     }
 
-    /// The segment that `next` is in, opened, and the first sequence number of the one after it.
-    fn segment(&mut self) -> Result<Option<(Segment, Option<u64>)>, ReadError> {
-        let (segment, next_first) = {
+    /// The segment that `next` is in, opened.
+    fn part(&mut self) -> Result<Option<Part>, ReadError> {
+        let part = {
             let segments = self.shared.segments();
             let wanted = self.open.as_ref().map_or(self.next.0, |open| open.first);
             let index = segments.list.partition_point(|segment| segment.first <= wanted).saturating_sub(1);
             let Some(segment) = segments.list.get(index) else { return Ok(None) };
-            (segment.clone(), segments.list.get(index + 1).map(|next| next.first))
+            Part { segment: segment.clone(), next_first: segments.list.get(index + 1).map(|next| next.first) }
         };
+        let segment = &part.segment;
         if self.open.as_ref().is_none_or(|open| open.first != segment.first) {
             let file = File::open(&segment.path).map_err(|source| read_error(&segment.path, source))?;
             let scanner = Scanner::new(Arc::new(file), segment.identity, segment.first);
             self.open = Some(OpenSegment { first: segment.first, path: Arc::clone(&segment.path), scanner });
         }
-        Ok(Some((segment, next_first)))
+        Ok(Some(part))
     }
 }
 

@@ -5,20 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use bytes::Bytes;
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message as _};
-use rdkafka::producer::{FutureProducer, FutureRecord};
-use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::watch;
-use tracing::debug;
 
 use super::{Config, OpenError, Reception};
-use crate::kafka::Log;
+use crate::kafka::{Follower, Log, Producer, Record, SendError};
 
-/// How long to wait for what is told.
-const POLL: Duration = Duration::from_millis(200);
+/// How many notes are taken together.
+const BATCH: usize = 100;
 /// How long the brokers may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -29,7 +25,7 @@ pub struct Board(Arc<Shared>);
 struct Shared {
     notes: Arc<Mutex<Notes>>,
     changed: watch::Receiver<u64>,
-    producer: FutureProducer<Log>,
+    producer: Producer,
     reception: Reception,
     topic: String,
     stopped: Arc<AtomicBool>,
@@ -61,27 +57,19 @@ impl Board {
     pub async fn open(config: &Config, reception: Reception) -> Result<Self, OpenError> {
         let topic = config.control();
         let client = config.consumer(&config.group("control.reader"));
-        let consumer: BaseConsumer<Log> = BaseConsumer::from_config_and_context(&client, Log::default())?;
-        let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&topic, 0, Offset::Beginning)?;
-        consumer.assign(&list)?;
+        let mut follower = Follower::new(client, topic.clone(), 1)?;
         let mut client = config.client();
         client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
-        let producer = FutureProducer::from_config_and_context(&client, Log::default())?;
+        let producer = Producer::new(Log::default(), client);
         let (notes, stopped) = (Arc::<Mutex<Notes>>::default(), Arc::new(AtomicBool::new(false)));
         let (change, changed) = watch::channel(0);
         let (noting, stop) = (Arc::clone(&notes), Arc::clone(&stopped));
         let follow = move || {
             while !stop.load(Ordering::Relaxed) {
-                match consumer.poll(POLL) {
-                    Some(Ok(message)) => {
-                        lock(&noting).take(&message);
-                        change.send_modify(|changes| *changes += 1);
-                    }
-                    // It reconnects by itself.
-                    Some(Err(error)) => debug!(%error, "what replicas tell can't be read"),
-                    None => {}
-                }
+                follower.follow(BATCH, |message| {
+                    lock(&noting).take(message);
+                    change.send_modify(|changes| *changes += 1);
+                });
             }
         };
         let thread = std::thread::Builder::new().name("control".to_owned()).spawn(follow);
@@ -96,12 +84,15 @@ impl Board {
     /// # Errors
     ///
     /// The brokers don't confirm it.
-    pub async fn tell(&self, name: &str, value: Option<&[u8]>) -> Result<(), KafkaError> {
-        let mut record: FutureRecord<'_, str, [u8]> = FutureRecord::to(&self.0.topic).key(name).partition(0);
-        if let Some(value) = value {
-            record = record.payload(value);
-        }
-        self.0.producer.send(record, TIMEOUT).await.map_err(|(error, _)| error)?;
+    pub async fn tell(&self, name: &str, value: Option<&[u8]>) -> Result<(), SendError> {
+        let record = Record {
+            topic: self.0.topic.clone(),
+            partition: Some(0),
+            key: Some(name.to_owned()),
+            headers: Vec::new(),
+            body: value.map(Bytes::copy_from_slice),
+        };
+        self.0.producer.send(&record).await?;
         self.0.reception.taken();
         Ok(())
     }
@@ -127,17 +118,14 @@ impl Board {
     /// Waits until all that was told before is noted: it is, when what is told now is.
     async fn catch_up(&self, config: &Config) -> Result<(), OpenError> {
         let name = format!("joined/{:016x}", rand::random::<u64>());
-        let unreachable = |error: KafkaError| OpenError::Unreachable {
-            brokers: config.brokers.join(", "),
-            reason: error.to_string(),
-        };
-        self.tell(&name, Some(b"")).await.map_err(unreachable)?;
+        let unreachable = |reason: String| OpenError::Unreachable { brokers: config.brokers.join(", "), reason };
+        self.tell(&name, Some(b"")).await.map_err(|error| unreachable(error.to_string()))?;
         let mut changed = self.watch();
         let noted = changed.wait_for(|_| self.has(&name));
         if tokio::time::timeout(TIMEOUT * 3, noted).await.is_err() {
-            return Err(unreachable(KafkaError::NoMessageReceived));
+            return Err(unreachable(KafkaError::NoMessageReceived.to_string()));
         }
-        self.tell(&name, None).await.map_err(unreachable)
+        self.tell(&name, None).await.map_err(|error| unreachable(error.to_string()))
     }
 }
 

@@ -1,8 +1,10 @@
-//! Reading one partition on. All partitions that a sink has here are read by one client.
+//! Reading one partition on. All partitions that a sink has here are read by one client, which is made anew where a partition
+//! has more and gives nothing.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rdkafka::config::FromClientConfigAndContext;
@@ -12,27 +14,54 @@ use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::{Notify, watch};
-use tracing::error;
+use tracing::{debug, error, warn};
 
 use super::ends::advance;
 use super::{Config, Ends};
 use crate::journal::{Entry, Position};
-use crate::kafka::Log;
+use crate::kafka::{Log, Silence, end_aside};
+
+/// How often to look whether a partition gives nothing of what it has.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long a broker may take to tell a new client of such a partition.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What reads a sink's partitions.
 pub struct Readers {
-    consumer: Arc<BaseConsumer<Log>>,
-    topic: String,
+    config: Config,
     sink: Arc<str>,
     ends: Ends,
-    /// The partitions that are being read.
-    read: Mutex<HashSet<i32>>,
+    silence: Silence,
+    reading: Mutex<Reading>,
+}
+
+struct Reading {
+    consumer: Arc<BaseConsumer<Log>>,
+    /// Where what the partitions give is taken from.
+    feeds: BTreeMap<i32, Arc<Feed>>,
+    look_at: Instant,
+}
+
+/// What a partition gives.
+struct Feed {
+    queue: Mutex<Queue>,
+    filled: Arc<Notify>,
+    /// Whether the queue is empty, and somebody waits.
+    is_starved: Arc<AtomicBool>,
+    /// What is read next.
+    next: AtomicI64,
+}
+
+/// Where a client puts that.
+struct Queue {
+    // In this order: a client may end only when its queues have.
+    queue: PartitionQueue<Log>,
+    _client: Arc<BaseConsumer<Log>>,
 }
 
 /// Reads those entries of a partition that are for one sink.
 pub struct Reader {
-    queue: PartitionQueue<Log>,
-    filled: Arc<Notify>,
+    feed: Arc<Feed>,
     sink: Arc<str>,
     partition: i32,
     next: Position,
@@ -56,10 +85,9 @@ impl Readers {
     ///
     /// The client can't be made.
     pub fn new(config: &Config, sink: &str, ends: &Ends) -> KafkaResult<Self> {
-        // The group is never joined: what is read is said by `reader`.
-        let client = config.consumer(&config.group(&format!("{sink}.reader")));
-        let consumer = Arc::new(BaseConsumer::from_config_and_context(&client, Log::of_sink(sink))?);
-        Ok(Self { consumer, topic: config.events(), sink: sink.into(), ends: ends.clone(), read: Mutex::default() })
+        let reading = Reading { consumer: client(config, sink)?, feeds: BTreeMap::new(), look_at: Instant::now() };
+        let (silence, reading) = (Silence::default(), Mutex::new(reading));
+        Ok(Self { config: config.clone(), sink: sink.into(), ends: ends.clone(), silence, reading })
     }
 
     /// Reads a partition from a position on.
@@ -68,40 +96,144 @@ impl Readers {
     ///
     /// librdkafka refuses it.
     pub fn reader(&self, partition: i32, from: Position) -> KafkaResult<Reader> {
-        let unknown = || KafkaError::ClientCreation(format!("there is no partition {partition}"));
-        let end = self.ends.of(partition).ok_or_else(unknown)?.clone();
-        // Before anything is fetched, so that nothing gets into the common queue.
-        let mut queue = self.consumer.split_partition_queue(&self.topic, partition).ok_or_else(unknown)?;
-        let filled = Arc::new(Notify::new());
-        let notify = Arc::clone(&filled);
-        queue.set_nonempty_callback(move || notify.notify_one());
-        let mut list = TopicPartitionList::new();
-        list.add_partition_offset(&self.topic, partition, Offset::Offset(from.to_stored()))?;
-        self.consumer.incremental_assign(&list)?;
-        self.lock().insert(partition);
-        Ok(Reader { queue, filled, sink: Arc::clone(&self.sink), partition, next: from, ahead: None, end })
+        let end = self.ends.of(partition).ok_or_else(|| unknown(partition))?.clone();
+        let (filled, is_starved) = (Arc::default(), Arc::default());
+        let mut reading = self.lock();
+        let queue = queue(&reading.consumer, &self.config.events(), partition, &filled, &is_starved)?;
+        assign(&reading.consumer, &self.config.events(), [(partition, from.to_stored())])?;
+        let next = AtomicI64::new(from.to_stored());
+        let feed = Arc::new(Feed { queue: Mutex::new(queue), filled, is_starved, next });
+        reading.feeds.insert(partition, Arc::clone(&feed));
+        drop(reading);
+        self.silence.heard(partition);
+        Ok(Reader { feed, sink: Arc::clone(&self.sink), partition, next: from, ahead: None, end })
     }
 
     /// Reads a partition no longer.
     pub fn stop(&self, partition: i32) {
-        if !self.lock().remove(&partition) {
+        let mut reading = self.lock();
+        if reading.feeds.remove(&partition).is_none() {
             return;
         }
         let mut list = TopicPartitionList::new();
-        list.add_partition(&self.topic, partition);
-        if let Err(error) = self.consumer.incremental_unassign(&list) {
+        list.add_partition(&self.config.events(), partition);
+        if let Err(error) = reading.consumer.incremental_unassign(&list) {
             error!(sink = %self.sink, partition, %error, "a partition can't be let go");
         }
     }
 
-    /// Lets librdkafka say what it has to say; nothing is read by this.
+    /// Lets librdkafka say what it has to say, and looks after partitions that give nothing. Nothing is read by this; it may
+    /// block.
     pub fn serve(&self) {
-        drop(self.consumer.poll(Duration::ZERO));
+        let consumer = Arc::clone(&self.lock().consumer);
+        drop(consumer.poll(Duration::ZERO));
+        if let Some((partition, from)) = self.silent()
+            && let Err(error) = self.renew(partition, from)
+        {
+            // Its broker may be away: then another client finds nothing either.
+            debug!(sink = %self.sink, partition, %error, "a partition gives nothing");
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashSet<i32>> {
-        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A partition that has given nothing for a while, although it has more and somebody waits; and where that begins.
+    fn silent(&self) -> Option<(i32, i64)> {
+        let now = Instant::now();
+        let mut reading = self.lock();
+        if now < reading.look_at {
+            return None;
+        }
+        reading.look_at = now + LOOK;
+        let silent = |(partition, feed): (&i32, &Arc<Feed>)| {
+            let next = feed.next.load(Ordering::Relaxed);
+            let has_more = self.ends.of(*partition).is_some_and(|end| end.borrow().to_stored() > next);
+            if !has_more || !feed.is_starved.load(Ordering::Relaxed) {
+                self.silence.heard(*partition);
+                return None;
+            }
+            self.silence.missed(*partition, now).then_some((*partition, next))
+        };
+        reading.feeds.iter().find_map(silent)
     }
+
+    /// Reads all partitions by another client, if that one finds more in the silent one.
+    fn renew(&self, silent: i32, from: i64) -> KafkaResult<()> {
+        let (consumer, topic) = (client(&self.config, &self.sink)?, self.config.events());
+        let (_, end) = consumer.fetch_watermarks(&topic, silent, TIMEOUT)?;
+        if end <= from {
+            return Ok(());
+        }
+        let mut reading = self.lock();
+        let feeds = reading.feeds.iter();
+        let queues =
+            feeds.map(|(partition, feed)| queue(&consumer, &topic, *partition, &feed.filled, &feed.is_starved));
+        let queues = queues.collect::<KafkaResult<Vec<_>>>()?;
+        // What the readers take meanwhile they get once more, and pass over.
+        assign(
+            &consumer,
+            &topic,
+            reading.feeds.iter().map(|(partition, feed)| (*partition, feed.next.load(Ordering::Relaxed))),
+        )?;
+        for (feed, queue) in reading.feeds.values().zip(queues) {
+            *feed.lock() = queue;
+            feed.filled.notify_one();
+        }
+        let given_up = std::mem::replace(&mut reading.consumer, consumer);
+        drop(reading);
+        warn!(sink = %self.sink, partition = silent, from, end, "a partition gives nothing of what it has; its consumer is made anew");
+        end_aside(given_up);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Reading> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Feed {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A client that reads nothing yet.
+fn client(config: &Config, sink: &str) -> KafkaResult<Arc<BaseConsumer<Log>>> {
+    // The group is never joined: what is read is said by [`assign`].
+    let client = config.consumer(&config.group(&format!("{sink}.reader")));
+    BaseConsumer::from_config_and_context(&client, Log::of_sink(sink)).map(Arc::new)
+}
+
+/// Where to take from what a partition gives: made before it is assigned, so that nothing gets into the common queue.
+fn queue(
+    consumer: &Arc<BaseConsumer<Log>>,
+    topic: &str,
+    partition: i32,
+    filled: &Arc<Notify>,
+    is_starved: &Arc<AtomicBool>,
+) -> KafkaResult<Queue> {
+    let mut queue = consumer.split_partition_queue(topic, partition).ok_or_else(|| unknown(partition))?;
+    let (filled, is_starved) = (Arc::clone(filled), Arc::clone(is_starved));
+    queue.set_nonempty_callback(move || {
+        is_starved.store(false, Ordering::Relaxed);
+        filled.notify_one();
+    });
+    Ok(Queue { queue, _client: Arc::clone(consumer) })
+}
+
+/// Has a client read partitions, each from its offset on.
+fn assign(
+    consumer: &BaseConsumer<Log>,
+    topic: &str,
+    partitions: impl IntoIterator<Item = (i32, i64)>,
+) -> KafkaResult<()> {
+    let mut list = TopicPartitionList::new();
+    for (partition, from) in partitions {
+        list.add_partition_offset(topic, partition, Offset::Offset(from))?;
+    }
+    consumer.incremental_assign(&list)
+}
+
+fn unknown(partition: i32) -> KafkaError {
+    KafkaError::ClientCreation(format!("there is no partition {partition}"))
 }
 
 impl Reader {
@@ -117,7 +249,7 @@ impl Reader {
         while self.ahead.is_none() {
             match self.take() {
                 Ok(Some(read)) => self.ahead = Some(read),
-                Ok(None) => self.filled.notified().await,
+                Ok(None) => self.feed.filled.notified().await,
                 // It comes again, or is over, when the partition is read.
                 Err(_) => return,
             }
@@ -160,16 +292,19 @@ impl Reader {
             error!(%sink, partition, from, lost, "entries are lost from the journal: its topic has not kept them until they were read");
         }
         self.next = Position(position.0 + 1);
+        self.feed.next.store(self.next.to_stored(), Ordering::Relaxed);
         advance(&self.end, self.next);
         Some(position)
     }
 
     fn take(&self) -> Result<Option<Read>, ReadError> {
-        match self.queue.poll(Duration::ZERO) {
-            None => Ok(None),
-            Some(Ok(message)) => Ok(Some(self.found(&message))),
-            Some(Err(source)) => Err(ReadError { partition: self.partition, source }),
-        }
+        let queue = self.feed.lock();
+        // Before looking, so that what comes right after is not forgotten.
+        self.feed.is_starved.store(true, Ordering::Relaxed);
+        let Some(message) = queue.queue.poll(Duration::ZERO) else { return Ok(None) };
+        self.feed.is_starved.store(false, Ordering::Relaxed);
+        let message = message.map_err(|source| ReadError { partition: self.partition, source })?;
+        Ok(Some(self.found(&message)))
     }
 
     fn found(&self, message: &BorrowedMessage<'_>) -> Read {
@@ -194,4 +329,76 @@ impl Reader {
 pub struct ReadError {
     pub(super) partition: i32,
     pub(super) source: KafkaError,
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::ClientConfig;
+    use rdkafka::message::{Header, OwnedHeaders};
+    use rdkafka::mocking::MockCluster;
+    use rdkafka::producer::{FutureProducer, FutureRecord};
+
+    use super::*;
+
+    /// Reads the next entry.
+    async fn next(reader: &mut Reader) -> (i64, Bytes) {
+        let read = async {
+            let mut found = None;
+            while found.is_none() {
+                reader.readable().await;
+                let visit = |position: Position, entry: Entry| {
+                    found = Some((position.to_stored(), entry.record));
+                    false
+                };
+                reader.read(u64::MAX, visit).unwrap();
+            }
+            found.unwrap()
+        };
+        tokio::time::timeout(Duration::from_secs(120), read).await.expect("an entry")
+    }
+
+    /// Pausing stands for what librdkafka may do by itself: see [`Silence`].
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_partition_that_gives_nothing_is_read_on() {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("p.events", 2, 1).unwrap();
+        let brokers = vec![cluster.bootstrap_servers()];
+        let config = Config { brokers, prefix: "p".to_owned(), ..Config::default() };
+        let mut client = ClientConfig::new();
+        let producer: FutureProducer = client.set("bootstrap.servers", cluster.bootstrap_servers()).create().unwrap();
+        let send = async |partition, value: &str| {
+            let headers = OwnedHeaders::new().insert(Header { key: "s", value: Some("route") });
+            let record = FutureRecord::<str, str>::to("p.events").partition(partition).headers(headers).payload(value);
+            producer.send(record, Duration::from_secs(60)).await.unwrap();
+        };
+        let ends = Ends::watch(&config, 2).unwrap();
+        let readers = Arc::new(Readers::new(&config, "s", &ends).unwrap());
+        let [mut silent, mut other] = [0, 1].map(|partition| readers.reader(partition, Position::ZERO).unwrap());
+        let serving = Arc::downgrade(&readers);
+        let serve = std::thread::spawn(move || {
+            while let Some(readers) = serving.upgrade() {
+                readers.serve();
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        send(0, "a").await;
+        assert_eq!(next(&mut silent).await, (0, "a".into()));
+        let mut list = TopicPartitionList::new();
+        list.add_partition("p.events", 0);
+        let before = Arc::clone(&readers.lock().consumer);
+        before.pause(&list).unwrap();
+        // Or else its client does not end.
+        drop(list);
+        send(0, "b").await;
+        send(1, "c").await;
+        assert_eq!(next(&mut other).await, (0, "c".into()), "the others go on meanwhile");
+        assert_eq!(next(&mut silent).await, (1, "b".into()));
+        assert!(!Arc::ptr_eq(&before, &readers.lock().consumer));
+        send(1, "d").await;
+        assert_eq!(next(&mut other).await, (1, "d".into()), "nothing comes twice");
+        // What is read no longer is nobody's business.
+        readers.stop(0);
+        drop((silent, other, readers));
+        serve.join().unwrap();
+    }
 }

@@ -2,25 +2,19 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use rdkafka::config::FromClientConfigAndContext;
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::KafkaError;
 use rdkafka::message::Message as _;
-use rdkafka::{Offset, TopicPartitionList};
 use rusqlite::{Connection, OptionalExtension as _, params};
-use tracing::{debug, error, warn};
+use tracing::{error, warn};
 
 use super::super::changes::bury;
 use super::super::{LedgerError, Letters as Reader, schema};
 use super::records::{Died, read_dead, removed};
 use crate::journal::Position;
 use crate::journal::kafka::{Config, number_of};
-use crate::kafka::{Log, Producer, SendError};
+use crate::kafka::{Follower, Log, Producer, SendError};
 
-/// How long to wait for what dies.
-const POLL: Duration = Duration::from_millis(200);
 /// How many are noted together.
 const BATCH: usize = 500;
 
@@ -49,13 +43,7 @@ impl Letters {
         let reader = Arc::new(Mutex::new(Reader::of(connection)));
         let topic = config.dead_letters();
         let client = config.consumer(&config.group("dead-letters.reader"));
-        let consumer: BaseConsumer<Log> =
-            BaseConsumer::from_config_and_context(&client, Log::default()).map_err(failed)?;
-        let mut list = TopicPartitionList::new();
-        for partition in 0..i32::try_from(partitions).unwrap_or(i32::MAX) {
-            list.add_partition_offset(&topic, partition, Offset::Beginning).map_err(failed)?;
-        }
-        consumer.assign(&list).map_err(failed)?;
+        let mut follower = Follower::new(client, topic.clone(), partitions).map_err(failed)?;
         let mut client = config.client();
         client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
         let producer = Producer::new(Log::default(), client);
@@ -63,7 +51,7 @@ impl Letters {
         let (stop, notes) = (Arc::clone(&stopped), Arc::clone(&reader));
         let follow = move || {
             while !stop.load(Ordering::Relaxed) {
-                follow(&consumer, &notes);
+                follow(&mut follower, &notes);
             }
         };
         std::thread::Builder::new().name("dead-letters".to_owned()).spawn(follow).map_err(LedgerError::Thread)?;
@@ -113,33 +101,29 @@ fn refused(error: SendError) -> LedgerError {
 }
 
 /// Notes what has come.
-fn follow(consumer: &BaseConsumer<Log>, reader: &Mutex<Reader>) {
-    let Some(first) = consumer.poll(POLL) else { return };
-    let rest = std::iter::from_fn(|| consumer.poll(Duration::ZERO));
-    let found: Vec<KafkaResult<(i64, Option<Died>)>> = std::iter::once(first)
-        .chain(rest)
-        .take(BATCH)
-        .map(|message| {
-            message.map(|message| (number_of(message.partition(), message.offset()).to_stored(), read_dead(&message)))
-        })
-        .collect();
+fn follow(follower: &mut Follower, reader: &Mutex<Reader>) {
+    let mut found = Vec::new();
+    follower.follow(BATCH, |message| {
+        found.push((number_of(message.partition(), message.offset()).to_stored(), read_dead(message)));
+    });
+    if found.is_empty() {
+        return;
+    }
     let reader = lock(reader);
     if let Err(error) = note(reader.connection(), found) {
         error!(%error, "dead letters can't be noted");
     }
 }
 
-fn note(connection: &Connection, found: Vec<KafkaResult<(i64, Option<Died>)>>) -> rusqlite::Result<()> {
+fn note(connection: &Connection, found: Vec<(i64, Option<Died>)>) -> rusqlite::Result<()> {
     let transaction = connection.unchecked_transaction()?;
-    for found in found {
-        match found {
-            Ok((id, Some(Died { sink, letter: Some((letter, died_at)), .. }))) => {
+    for (id, died) in found {
+        match died {
+            Some(Died { sink, letter: Some((letter, died_at)), .. }) => {
                 bury(connection, Some(id), &sink, &letter, died_at)?;
             }
-            Ok((_, Some(Died { sink, position, letter: None }))) => remove(connection, &sink, position)?,
-            Ok((id, None)) => warn!(id, "a record among the dead letters is none"),
-            // It reconnects by itself.
-            Err(error) => debug!(%error, "dead letters can't be read"),
+            Some(Died { sink, position, letter: None }) => remove(connection, &sink, position)?,
+            None => warn!(id, "a record among the dead letters is none"),
         }
     }
     transaction.commit()
