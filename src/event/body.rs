@@ -125,7 +125,17 @@ enum Level {
 /// What a key leads to.
 enum Slot {
     Field(Field),
-    Object(Level),
+    Object {
+        level: Level,
+        /// Whether its value is known to be an object.
+        follows: bool,
+    },
+}
+
+impl Slot {
+    fn object(level: Level) -> Self {
+        Self::Object { level, follows: false }
+    }
 }
 
 impl Level {
@@ -145,9 +155,9 @@ impl Level {
             (Self::Root, "message_status") => Slot::Field(Field::Status),
             (Self::Root, "event_name") => Slot::Field(Field::EventName),
             (Self::Root, "event_timestamp") => Slot::Field(Field::EventTimestamp),
-            (Self::Root, "channel") => Slot::Object(Self::Channel),
-            (Self::Root, "campaign") => Slot::Object(Self::Campaign),
-            (Self::Root, "recipient") => Slot::Object(Self::Recipient),
+            (Self::Root, "channel") => Slot::object(Self::Channel),
+            (Self::Root, "campaign") => Slot::object(Self::Campaign),
+            (Self::Root, "recipient") => Slot::object(Self::Recipient),
             (Self::Channel, "channel_type") => Slot::Field(Field::ChannelType),
             (Self::Channel, "name") => Slot::Field(Field::ChannelName),
             (Self::Channel, "sender_id") => Slot::Field(Field::SenderId),
@@ -196,6 +206,14 @@ struct Collector<'c> {
     fields: &'c mut Fields,
 }
 
+impl<'a> DeserializeSeed<'a> for Collector<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'a>>(self, object: D) -> Result<(), D::Error> {
+        object.deserialize_map(self)
+    }
+}
+
 impl<'a> Visitor<'a> for Collector<'_> {
     type Value = ();
 
@@ -204,20 +222,26 @@ impl<'a> Visitor<'a> for Collector<'_> {
     }
 
     fn visit_map<M: MapAccess<'a>>(self, mut map: M) -> Result<(), M::Error> {
-        while let Some(slot) = map.next_key_seed(self.level)? {
-            let value: &'a RawValue = map.next_value()?;
+        let Self { body, level, fields } = self;
+        while let Some(slot) = map.next_key_seed(Key { body, level })? {
             match slot {
-                None => {}
+                None => drop(map.next_value::<&RawValue>()?),
                 Some(Slot::Field(field)) => {
-                    let span = self.fields.span(value.get(), self.body);
-                    self.fields.put(field, span);
+                    let value: &'a RawValue = map.next_value()?;
+                    let span = fields.span(value.get(), body);
+                    fields.put(field, span);
                 }
-                Some(Slot::Object(level)) => {
+                Some(Slot::Object { level, follows }) => {
                     for field in level.fields() {
-                        self.fields.put(*field, None);
+                        fields.put(*field, None);
                     }
-                    if value.get().starts_with('{') {
-                        collect(self.body, value.get(), level, self.fields).map_err(serde::de::Error::custom)?;
+                    if follows {
+                        map.next_value_seed(Collector { body, level, fields })?;
+                    } else {
+                        let value: &'a RawValue = map.next_value()?;
+                        if value.get().starts_with('{') {
+                            collect(body, value.get(), level, fields).map_err(serde::de::Error::custom)?;
+                        }
                     }
                 }
             }
@@ -226,7 +250,13 @@ impl<'a> Visitor<'a> for Collector<'_> {
     }
 }
 
-impl<'a> DeserializeSeed<'a> for Level {
+/// A key in the body.
+struct Key<'c> {
+    body: &'c str,
+    level: Level,
+}
+
+impl<'a> DeserializeSeed<'a> for Key<'_> {
     type Value = Option<Slot>;
 
     fn deserialize<D: Deserializer<'a>>(self, key: D) -> Result<Self::Value, D::Error> {
@@ -234,15 +264,28 @@ impl<'a> DeserializeSeed<'a> for Level {
     }
 }
 
-impl Visitor<'_> for Level {
+impl<'a> Visitor<'a> for Key<'_> {
     type Value = Option<Slot>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a key")
     }
 
+    fn visit_borrowed_str<E>(self, key: &'a str) -> Result<Self::Value, E> {
+        Ok(match self.level.slot(key) {
+            Some(Slot::Object { level, .. }) => {
+                let end = key.as_ptr().addr() - self.body.as_ptr().addr() + key.len();
+                let mut behind = self.body.as_bytes().iter().skip(end + 1);
+                let first = behind.find(|byte| !matches!(byte, b' ' | b'\t' | b'\r' | b'\n' | b':'));
+                Some(Slot::Object { level, follows: first == Some(&b'{') })
+            }
+            other => other,
+        })
+    }
+
+    /// Of a key with escapes nothing is known but what it says.
     fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-        Ok(self.slot(key))
+        Ok(self.level.slot(key))
     }
 }
 

@@ -111,6 +111,12 @@ fn reads_odd_json() {
     check(r#"{"channel":{"sender_id":"1"},"channel":{"sender_id":"2"}}"#, Some("2"));
     check(r#"{"channel":{"sender_id":"1"},"channel":{"name":"2"}}"#, None);
     check(r#"{"channel":{"sender_id":"1"},"channel":null}"#, None);
+    check(r#"{"channel":{"sender_id":"1"},"channel":{"sender_id":{"sender_id":"2"}}}"#, None);
+    // What is no object there is no reason to refuse the event.
+    for other in ["1e999", "-0", "[{\"sender_id\":\"1\"}]", "\"{\\\"sender_id\\\":1}\"", "true"] {
+        check(&format!(r#"{{"channel":{other},"recipient" : {other}}}"#), None);
+        check(&format!(r#"{{"ch\u0061nnel":{other},"channel":{{"sender_id":"1"}}}}"#), Some("1"));
+    }
     // White space, and what is nested deeper than a stack.
     check(" \t\r\n{ \"channel\"\n:\t{ \"sender_id\" :\r\"1\" } } \n", Some("1"));
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));

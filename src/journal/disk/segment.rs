@@ -13,8 +13,8 @@
 //! ```
 //!
 //! A segment has its full length from the beginning and is written over, not appended to: `fdatasync` then has no
-//! metadata to commit. What stands after the last record is therefore zeros or, in a recycled file, old records, which
-//! the identity keeps from being taken for new ones.
+//! metadata to commit. What stands after the last record, and after the zeros that end its block, is therefore zeros or, in a
+//! recycled file, old records, which the identity keeps from being taken for new ones.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -444,6 +444,32 @@ fn a_full_journal_refuses_until_readers_let_go() {
     journal.close();
 }
 
+/// Or else the disk would have to read what is left of a block, in a file that has been used before.
+#[test]
+fn whole_blocks_are_written() {
+    const BLOCK: usize = 4096;
+    let check = |entry: usize, blocks: usize| {
+        let fixture = Fixture::new();
+        fs::create_dir(fixture.journal_dir()).unwrap();
+        fs::write(fixture.journal_dir().join("1.spare"), vec![0xAA; SEGMENT as usize]).unwrap();
+        fixture.write(&[vec![vec![0xBB; entry]]]);
+        let file = fs::read(&fixture.segments()[0]).unwrap();
+        let records = &file[HEADER_BLOCK as usize..];
+        let end = record::HEADER + record::ENTRY_OVERHEAD + entry;
+        assert!(records[end..blocks * BLOCK].iter().all(|byte| *byte == 0), "{entry}");
+        assert!(records[blocks * BLOCK..].iter().all(|byte| *byte == 0xAA), "{entry}");
+        assert_eq!(fixture.read().0.len(), 1);
+    };
+    let fills = BLOCK - 2 * record::HEADER - record::ENTRY_OVERHEAD;
+    check(1, 1);
+    check(fills, 1);
+    check(fills + 1, 2);
+    // Up to the segment's end.
+    let rest = SEGMENT as usize - HEADER_BLOCK as usize - record::HEADER - record::ENTRY_OVERHEAD;
+    check(rest - 1, SEGMENT as usize / BLOCK - 1);
+    check(rest, SEGMENT as usize / BLOCK - 1);
+}
+
 #[test]
 fn retention_gives_up_what_all_readers_have_passed() {
     let mut fixture = Fixture::new();

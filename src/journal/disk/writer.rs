@@ -31,6 +31,9 @@ const MANY: usize = 16;
 const COMMIT_GAP: Duration = Duration::from_millis(2);
 /// A buffer that has grown beyond this is not kept for the next batch.
 const KEPT_BUFFER: usize = 1 << 20;
+/// What a write ends with is filled up to a multiple of this many bytes, a file system's block: of a block that is written in
+/// part, and not in memory, as in a segment that is used again, the rest would have to be read from the disk first.
+const BLOCK: usize = 4096;
 /// How many buffers a core keeps.
 const KEPT_BUFFERS: usize = 4;
 
@@ -361,8 +364,8 @@ impl Writer {
 
     /// Writes a batch's records, over several segments where need be; `written` counts those that went out.
     fn write(&mut self, records: &mut Vec<u8>, written: &mut usize) -> Result<(), CommitError> {
-        records.extend(TERMINATOR);
-        let all = records.len() - TERMINATOR.len();
+        let all = records.len();
+        records.resize(all + TERMINATOR.len() + BLOCK, 0);
         let (mut start, mut at, mut in_run) = (0, 0, 0);
         while at < all {
             let header = records.get(at..).and_then(record::Header::read);
@@ -386,11 +389,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes a run to the active segment: `len` bytes of records, and a terminator if the segment has room for it.
+    /// Writes a run to the active segment: `len` bytes of records, and of the zeros behind them a terminator, if the segment
+    /// has room for it, and what is left of the last block.
     fn write_run(&mut self, run: &[u8], len: usize) -> io::Result<()> {
         let Some(active) = self.active.as_mut().filter(|_| len > 0) else { return Ok(()) };
-        let room = usize::try_from(active.room()).unwrap_or(usize::MAX);
-        active.file.write_all_at(run.get(..room).unwrap_or(run), active.offset)?;
+        let end = (active.offset + (len + TERMINATOR.len()) as u64).next_multiple_of(BLOCK as u64).min(active.size);
+        let written = usize::try_from(end.saturating_sub(active.offset)).unwrap_or(usize::MAX);
+        active.file.write_all_at(run.get(..written).unwrap_or(run), active.offset)?;
         active.offset += len as u64;
         Ok(())
     }

@@ -21,6 +21,9 @@ use super::{Config, Ends};
 use crate::journal::{Entry, Position};
 use crate::kafka::{Log, Silence, end_aside};
 
+/// What is there is asked for again only when it was taken, and a moment later: under load each request then brings many
+/// entries, where brokers would answer one for every few. With nothing to read, one is waiting at the broker.
+const PACE: [(&str, &str); 2] = [("queued.min.messages", "1"), ("fetch.queue.backoff.ms", "50")];
 /// How often to look whether a partition gives nothing of what it has.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long a broker may take to tell a new client of such a partition.
@@ -198,7 +201,12 @@ impl Feed {
 /// A client that reads nothing yet.
 fn client(config: &Config, sink: &str) -> KafkaResult<Arc<BaseConsumer<Log>>> {
     // The group is never joined: what is read is said by [`assign`].
-    let client = config.consumer(&config.group(&format!("{sink}.reader")));
+    let mut client = config.consumer(&config.group(&format!("{sink}.reader")));
+    for (name, value) in PACE {
+        if !config.options.contains_key(name) {
+            client.set(name, value);
+        }
+    }
     BaseConsumer::from_config_and_context(&client, Log::of_sink(sink)).map(Arc::new)
 }
 
