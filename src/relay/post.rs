@@ -125,9 +125,10 @@ impl Post {
         if *bury.borrow() {
             bury_parked(&self.name, &self.ledger, &ours).await;
         }
-        let Self { name, group, ledger, mut moves, .. } = self;
+        let Self { name, group, ledger, readers, mut moves, .. } = self;
         let leaving = tokio::task::spawn_blocking(move || {
             group.leave();
+            drop(readers);
             if let Some(ledger) = Arc::into_inner(ledger) {
                 ledger.close();
             }

@@ -161,8 +161,9 @@ impl Readers {
     /// Reads all partitions by another client, if that one finds more in the silent one.
     fn renew(&self, silent: i32, from: i64) -> KafkaResult<()> {
         let (consumer, topic) = (client(&self.config, &self.sink)?, self.config.events());
-        let (_, end) = consumer.fetch_watermarks(&topic, silent, TIMEOUT)?;
-        if end <= from {
+        let (begin, end) = consumer.fetch_watermarks(&topic, silent, TIMEOUT)?;
+        // Retention may have removed all that there was.
+        if end <= from.max(begin) {
             return Ok(());
         }
         let mut reading = self.lock();
