@@ -9,10 +9,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::source::Route;
 use crate::event::Event;
 use crate::journal::Position;
-use crate::routing::{Scratch, SinkId, Table, UNROUTED};
+use crate::routing::{RouteId, Scratch, SinkId, Table, UNROUTED};
 
 /// So many changes of the rules are remembered for lanes that have not read past them.
 const MAX_CHANGES: usize = 1000;
@@ -32,6 +31,24 @@ struct Stage {
     passed: HashMap<String, Position>,
     /// How far the first of them had.
     until: Position,
+}
+
+/// The route that named the sink for an event.
+#[derive(Clone)]
+pub(super) enum Route {
+    /// One of the rules.
+    Of { table: Arc<Table>, id: RouteId },
+    /// One whose name was kept, or none.
+    Named(Arc<str>),
+}
+
+impl Route {
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Of { table, id } => table.route_name(*id),
+            Self::Named(name) => name,
+        }
+    }
 }
 
 /// The rules have changed too often for a lane that does not read on.

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::config::OrderBy;
+use super::course::Route;
 use super::order::Key;
-use super::source::Route;
 use super::window::Ticket;
 use crate::event::{Event, Field};
 use crate::journal::Position;

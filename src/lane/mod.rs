@@ -62,11 +62,12 @@ use crate::ledger::{self, Account, Change, Millis, ParkedRow};
 use crate::sink::{Attempt, DeliveryError, Sink};
 use breaker::Breaker;
 use control::{Hold, Written};
+use course::Route;
 use delivery::{Delivery, Place};
 use order::Order;
 use parking::Parking;
 use rate::Limit;
-use source::{Batch, Filter, Found, Route, Source};
+use source::{Batch, Filter, Found, Source};
 use storage::Storing;
 use window::Window;
 

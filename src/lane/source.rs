@@ -9,10 +9,10 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
 use super::STORAGE_PAUSE;
-use super::course::Course;
+use super::course::{Course, Route};
 use crate::event::Event;
 use crate::journal::{Entry, Position, ReadError, Reader};
-use crate::routing::{RouteId, Scratch, SinkId, Table, UNROUTED};
+use crate::routing::{Scratch, SinkId, UNROUTED};
 
 /// How much of the journal is read at once, in bytes.
 const READ_BYTES: u64 = 256 << 10;
@@ -50,24 +50,6 @@ pub(super) enum Found {
     Event { event: Event, route: Route },
     /// An entry that this version can't read.
     Unreadable { record: Bytes, error: String },
-}
-
-/// The route that named the sink for an event.
-#[derive(Clone)]
-pub(super) enum Route {
-    /// One of the rules.
-    Of { table: Arc<Table>, id: RouteId },
-    /// One whose name was kept, or none.
-    Named(Arc<str>),
-}
-
-impl Route {
-    pub(super) fn name(&self) -> &str {
-        match self {
-            Self::Of { table, id } => table.route_name(*id),
-            Self::Named(name) => name,
-        }
-    }
 }
 
 /// What makes an event one for the lane.
@@ -208,6 +190,7 @@ mod tests {
     use crate::document::{Document, Environment};
     use crate::journal::Start;
     use crate::journal::disk::{Journal, Metrics};
+    use crate::routing::Table;
 
     /// Or else a lane would say that it has caught up when it has only delivered what it has read.
     #[tokio::test]
