@@ -7,6 +7,7 @@ mod silence;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rdkafka::config::{FromClientConfigAndContext as _, RDKafkaLogLevel};
@@ -36,6 +37,8 @@ pub const RESERVED_OPTIONS: [(&str, &str); 12] = [
     ("plugin.library.paths", "plugins are not loaded"),
 ];
 
+/// How many clients may be ending at once that one owner has given up.
+const MAX_GIVEN_UP: usize = 4;
 /// Within this time the same error is the same one: producers are told of each twice.
 const REPEATED: Duration = Duration::from_secs(1);
 
@@ -117,11 +120,23 @@ impl ProducerContext for Log {
     fn delivery(&self, _result: &DeliveryResult<'_>, (): ()) {}
 }
 
-/// Ends a client that is given up, on a thread of its own: librdkafka may take long for that, or for ever.
-pub fn end_aside(client: impl Send + 'static) {
-    let ending = std::thread::Builder::new().name("kafka-end".to_owned()).spawn(move || drop(client));
-    if let Err(error) = ending {
-        debug!(%error, "a client was ended here and now");
+/// Clients that were given up. Each is ended on a thread of its own, since librdkafka may take long for that, or for ever.
+#[derive(Default)]
+pub struct GivenUp(Vec<JoinHandle<()>>);
+
+impl GivenUp {
+    /// Whether so many have not ended yet that no other should be given up.
+    pub fn is_full(&mut self) -> bool {
+        self.0.retain(|ending| !ending.is_finished());
+        self.0.len() >= MAX_GIVEN_UP
+    }
+
+    /// Ends another one.
+    pub fn end(&mut self, client: impl Send + 'static) {
+        match std::thread::Builder::new().name("kafka-end".to_owned()).spawn(move || drop(client)) {
+            Ok(ending) => self.0.push(ending),
+            Err(error) => debug!(%error, "a client was ended here and now"),
+        }
     }
 }
 

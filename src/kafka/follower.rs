@@ -9,13 +9,15 @@ use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use tracing::{debug, warn};
 
-use super::{Log, Silence, end_aside};
+use super::{GivenUp, Log, Silence};
 
 /// How long to wait for what comes.
 const POLL: Duration = Duration::from_millis(200);
-/// How often to look whether a partition has more than was read, one after the other.
+/// How often to look whether partitions have more than was read.
 const LOOK: Duration = Duration::from_secs(2);
-/// How long its broker may take to say.
+/// In how many looks all partitions have had their turn.
+const TURNS: usize = 8;
+/// How long a partition's broker may take to say where it ends.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Follows a topic. Its consumer is made anew where a partition has more and gives nothing.
@@ -23,12 +25,26 @@ pub struct Follower {
     client: ClientConfig,
     topic: String,
     consumer: BaseConsumer<Log>,
-    /// Up to where each partition was read, and what there is for nobody passed over.
-    read_to: Vec<i64>,
+    /// Asks where partitions end: at the other one's connections answers would wait behind those with records.
+    asking: BaseConsumer<Log>,
+    partitions: Vec<Partition>,
     silence: Silence,
+    given_up: GivenUp,
     look_at: Instant,
     /// The partition to look at.
-    next: usize,
+    next: i32,
+}
+
+/// What is known of a partition.
+#[derive(Clone, Copy, Default)]
+struct Partition {
+    /// Up to where its records were read.
+    read_to: i64,
+    /// Whether it has given a record since the last look, or said that there is none. Behind the last record may be what only
+    /// brokers need: where transactions ended.
+    is_heard: bool,
+    /// Where it ended when it had given all, as far as is known.
+    end: i64,
 }
 
 impl Follower {
@@ -39,10 +55,11 @@ impl Follower {
     /// The client can't be made.
     pub fn new(mut client: ClientConfig, topic: String, partitions: usize) -> KafkaResult<Self> {
         client.set("enable.partition.eof", "true");
-        let read_to = vec![0; partitions];
-        let consumer = assigned(&client, &topic, read_to.iter().map(|_| Offset::Beginning))?;
-        let (silence, look_at) = (Silence::default(), Instant::now() + LOOK);
-        Ok(Self { client, topic, consumer, read_to, silence, look_at, next: 0 })
+        let partitions = vec![Partition::default(); partitions];
+        let consumer = assigned(&client, &topic, &partitions)?;
+        let asking = BaseConsumer::from_config_and_context(&client, Log::default())?;
+        let (silence, given_up, look_at) = (Silence::default(), GivenUp::default(), Instant::now() + LOOK);
+        Ok(Self { client, topic, consumer, asking, partitions, silence, given_up, look_at, next: 0 })
     }
 
     /// Hands what has come to `note`, up to `most` records; waits a moment for the first. Blocks.
@@ -54,14 +71,13 @@ impl Follower {
                 None => return,
                 Some(Ok(message)) => {
                     note(&message);
-                    let (partition, next) = (message.partition(), message.offset() + 1);
-                    drop(message);
-                    self.heard(partition, next);
+                    if let Some(partition) = of(&mut self.partitions, message.partition()) {
+                        (partition.read_to, partition.is_heard) = (message.offset() + 1, true);
+                    }
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    // Behind its last record may be what only brokers need: where transactions ended.
-                    if let Some(end) = self.end(partition) {
-                        self.heard(partition, end);
+                    if let Some(partition) = of(&mut self.partitions, partition) {
+                        partition.is_heard = true;
                     }
                 }
                 // It reconnects by itself.
@@ -71,62 +87,62 @@ impl Follower {
         }
     }
 
-    fn heard(&mut self, partition: i32, read_to: i64) {
-        self.silence.heard(partition);
-        if let Some(place) = usize::try_from(partition).ok().and_then(|index| self.read_to.get_mut(index)) {
-            *place = read_to;
-        }
-    }
-
-    /// Where a partition ends; nothing if its broker does not say.
-    fn end(&self, partition: i32) -> Option<i64> {
-        self.consumer.fetch_watermarks(&self.topic, partition, TIMEOUT).ok().map(|(_, end)| end)
-    }
-
-    /// Looks at one partition, if it is time to.
+    /// Looks at some partitions, if it is time to.
     fn look(&mut self) {
         if Instant::now() < self.look_at {
             return;
         }
-        self.look_at = Instant::now() + LOOK;
-        let index = self.next;
-        self.next = (index + 1) % self.read_to.len().max(1);
-        let (Some(read_to), Ok(partition)) = (self.read_to.get(index), i32::try_from(index)) else { return };
-        match self.end(partition) {
-            Some(end) if end > *read_to => {
-                if self.silence.missed(partition, Instant::now()) {
-                    self.renew(partition);
-                }
+        // Callbacks, and the log.
+        drop(self.asking.poll(Duration::ZERO));
+        for _ in 0..self.partitions.len().div_ceil(TURNS) {
+            let index = self.next;
+            let Some(partition) = of(&mut self.partitions, index) else { break };
+            self.next += 1;
+            let Ok((_, end)) = self.asking.fetch_watermarks(&self.topic, index, TIMEOUT) else {
+                // Nobody can say. The others wait for the next look, so that this one does not take too long.
+                self.silence.heard(index);
+                break;
+            };
+            if partition.is_heard || end <= partition.end.max(partition.read_to) {
+                (partition.end, partition.is_heard) = (end, false);
+                self.silence.heard(index);
+            } else if self.silence.missed(index, Instant::now()) {
+                self.renew(index);
             }
-            Some(_) => self.silence.heard(partition),
-            None => {}
         }
+        if of(&mut self.partitions, self.next).is_none() {
+            self.next = 0;
+        }
+        self.look_at = Instant::now() + LOOK;
     }
 
     fn renew(&mut self, partition: i32) {
-        let from = self.read_to.iter().map(|read_to| match read_to {
-            0 => Offset::Beginning,
-            next => Offset::Offset(*next),
-        });
-        match assigned(&self.client, &self.topic, from) {
+        if self.given_up.is_full() {
+            return;
+        }
+        match assigned(&self.client, &self.topic, &self.partitions) {
             Ok(consumer) => {
-                end_aside(std::mem::replace(&mut self.consumer, consumer));
-                warn!(
-                    topic = self.topic,
-                    partition, "a partition gives nothing of what it has; the consumer is made anew"
-                );
+                self.given_up.end(std::mem::replace(&mut self.consumer, consumer));
+                self.silence.clear();
+                let topic = &self.topic;
+                warn!(topic, partition, "a partition gives nothing of what it has; the consumer is made anew");
             }
             Err(error) => warn!(topic = self.topic, partition, %error, "a consumer can't be made anew"),
         }
     }
 }
 
-/// A consumer of all partitions, each from its offset on.
-fn assigned(client: &ClientConfig, topic: &str, from: impl Iterator<Item = Offset>) -> KafkaResult<BaseConsumer<Log>> {
+fn of(partitions: &mut [Partition], index: i32) -> Option<&mut Partition> {
+    partitions.get_mut(usize::try_from(index).ok()?)
+}
+
+/// A consumer of all partitions, each from where it was read to.
+fn assigned(client: &ClientConfig, topic: &str, partitions: &[Partition]) -> KafkaResult<BaseConsumer<Log>> {
     let consumer: BaseConsumer<Log> = BaseConsumer::from_config_and_context(client, Log::default())?;
     let mut list = TopicPartitionList::new();
-    for (partition, offset) in (0..).zip(from) {
-        list.add_partition_offset(topic, partition, offset)?;
+    for (index, partition) in (0..).zip(partitions) {
+        let from = if partition.read_to == 0 { Offset::Beginning } else { Offset::Offset(partition.read_to) };
+        list.add_partition_offset(topic, index, from)?;
     }
     consumer.assign(&list)?;
     Ok(consumer)

@@ -217,6 +217,7 @@ impl Producer {
         let changing = self.lock();
         let state = self.state.load_full();
         if let State::Made(_) = &*state {
+            self.silence.clear();
             self.let_go(state, changing);
             warn!(
                 sink = self.log.sink(),

@@ -30,17 +30,23 @@ impl Silence {
         }
     }
 
-    /// A partition took no record in time, or gave none although it has some. Says whether to try another client, of which
-    /// nothing is known then.
+    /// A partition took no record in time, or gave none although it has some. Says whether to try another client; if so, and
+    /// if it stays silent, then again after as long.
     pub fn missed(&self, partition: i32, now: Instant) -> bool {
         let mut since = self.since();
         let first = *since.entry(partition).or_insert(now);
         let is_over = now.duration_since(first) >= PATIENCE;
         if is_over {
-            since.clear();
+            since.remove(&partition);
         }
-        self.is_broken.store(!is_over, Ordering::Relaxed);
+        self.is_broken.store(!since.is_empty(), Ordering::Relaxed);
         is_over
+    }
+
+    /// There is another client, of which nothing is known.
+    pub fn clear(&self) {
+        self.since().clear();
+        self.is_broken.store(false, Ordering::Relaxed);
     }
 
     fn since(&self) -> MutexGuard<'_, HashMap<i32, Instant>> {
@@ -60,8 +66,11 @@ mod tests {
         silence.heard(2);
         assert!(!silence.missed(1, start + 29 * second) && !silence.missed(2, start + 39 * second));
         assert!(silence.missed(1, start + 30 * second));
-        assert!(!silence.missed(1, start + 31 * second) && !silence.missed(2, start + 59 * second), "it begins anew");
+        assert!(!silence.missed(1, start + 31 * second), "it begins anew");
+        assert!(silence.missed(2, start + 40 * second), "but not for others");
         silence.heard(1);
-        assert!(!silence.missed(1, start + 70 * second) && silence.missed(2, start + 89 * second));
+        assert!(!silence.missed(1, start + 70 * second));
+        silence.clear();
+        assert!(!silence.missed(1, start + 100 * second));
     }
 }

@@ -128,10 +128,10 @@ impl Post {
         let Self { name, group, ledger, readers, mut moves, .. } = self;
         let leaving = tokio::task::spawn_blocking(move || {
             group.leave();
-            drop(readers);
             if let Some(ledger) = Arc::into_inner(ledger) {
                 ledger.close();
             }
+            drop(readers);
         });
         // Whatever moves now, nothing of it is here any more.
         let ignore = async {

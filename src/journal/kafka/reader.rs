@@ -19,15 +19,17 @@ use tracing::{debug, error, warn};
 use super::ends::advance;
 use super::{Config, Ends};
 use crate::journal::{Entry, Position};
-use crate::kafka::{Log, Silence, end_aside};
+use crate::kafka::{GivenUp, Log, Silence};
 
 /// What is there is asked for again only when it was taken, and a moment later: under load each request then brings many
-/// entries, where brokers would answer one for every few. With nothing to read, one is waiting at the broker.
-const PACE: [(&str, &str); 2] = [("queued.min.messages", "1"), ("fetch.queue.backoff.ms", "50")];
+/// entries, where brokers would answer one for every few. With nothing to read, one is waiting at the broker; not for long,
+/// since those partitions that were left out of it have to wait for its answer.
+const PACE: [(&str, &str); 3] =
+    [("queued.min.messages", "1"), ("fetch.queue.backoff.ms", "50"), ("fetch.wait.max.ms", "100")];
 /// How often to look whether a partition gives nothing of what it has.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long a broker may take to tell a new client of such a partition.
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a broker may take to tell a new client of such a partition. The group is not served meanwhile.
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What reads a sink's partitions.
 pub struct Readers {
@@ -42,6 +44,7 @@ struct Reading {
     consumer: Arc<BaseConsumer<Log>>,
     /// Where what the partitions give is taken from.
     feeds: BTreeMap<i32, Arc<Feed>>,
+    given_up: GivenUp,
     look_at: Instant,
 }
 
@@ -88,7 +91,8 @@ impl Readers {
     ///
     /// The client can't be made.
     pub fn new(config: &Config, sink: &str, ends: &Ends) -> KafkaResult<Self> {
-        let reading = Reading { consumer: client(config, sink)?, feeds: BTreeMap::new(), look_at: Instant::now() };
+        let (feeds, given_up) = (BTreeMap::new(), GivenUp::default());
+        let reading = Reading { consumer: client(config, sink)?, feeds, given_up, look_at: Instant::now() };
         let (silence, reading) = (Silence::default(), Mutex::new(reading));
         Ok(Self { config: config.clone(), sink: sink.into(), ends: ends.clone(), silence, reading })
     }
@@ -130,11 +134,14 @@ impl Readers {
     pub fn serve(&self) {
         let consumer = Arc::clone(&self.lock().consumer);
         drop(consumer.poll(Duration::ZERO));
-        if let Some((partition, from)) = self.silent()
-            && let Err(error) = self.renew(partition, from)
-        {
-            // Its broker may be away: then another client finds nothing either.
-            debug!(sink = %self.sink, partition, %error, "a partition gives nothing");
+        // It must not be this one that ends it.
+        drop(consumer);
+        if let Some((partition, from)) = self.silent() {
+            let renewed = client(&self.config, &self.sink).and_then(|client| self.renew(client, partition, from));
+            if let Err(error) = renewed {
+                // Its broker may be away: then another client finds nothing either.
+                debug!(sink = %self.sink, partition, %error, "a partition gives nothing");
+            }
         }
     }
 
@@ -142,7 +149,7 @@ impl Readers {
     fn silent(&self) -> Option<(i32, i64)> {
         let now = Instant::now();
         let mut reading = self.lock();
-        if now < reading.look_at {
+        if now < reading.look_at || reading.given_up.is_full() {
             return None;
         }
         reading.look_at = now + LOOK;
@@ -159,32 +166,26 @@ impl Readers {
     }
 
     /// Reads all partitions by another client, if that one finds more in the silent one.
-    fn renew(&self, silent: i32, from: i64) -> KafkaResult<()> {
-        let (consumer, topic) = (client(&self.config, &self.sink)?, self.config.events());
-        let (begin, end) = consumer.fetch_watermarks(&topic, silent, TIMEOUT)?;
-        // Retention may have removed all that there was.
-        if end <= from.max(begin) {
-            return Ok(());
-        }
+    fn renew(&self, client: Arc<BaseConsumer<Log>>, silent: i32, from: i64) -> KafkaResult<()> {
+        let bounds = client.fetch_watermarks(&self.config.events(), silent, TIMEOUT);
         let mut reading = self.lock();
-        let feeds = reading.feeds.iter();
-        let queues =
-            feeds.map(|(partition, feed)| queue(&consumer, &topic, *partition, &feed.filled, &feed.is_starved));
-        let queues = queues.collect::<KafkaResult<Vec<_>>>()?;
-        // What the readers take meanwhile they get once more, and pass over.
-        assign(
-            &consumer,
-            &topic,
-            reading.feeds.iter().map(|(partition, feed)| (*partition, feed.next.load(Ordering::Relaxed))),
-        )?;
-        for (feed, queue) in reading.feeds.values().zip(queues) {
-            *feed.lock() = queue;
-            feed.filled.notify_one();
+        // Retention may have removed all that there was.
+        let has_more = bounds.as_ref().is_ok_and(|(begin, end)| *end > from.max(*begin));
+        // And it may have given something meanwhile, or be another replica's.
+        let feed = reading.feeds.get(&silent);
+        if !has_more || !feed.is_some_and(|feed| feed.is_silent_at(from)) {
+            reading.given_up.end(client);
+            return bounds.map(drop);
         }
-        let given_up = std::mem::replace(&mut reading.consumer, consumer);
+        if let Err(error) = move_to(&client, &self.config.events(), &reading.feeds) {
+            reading.given_up.end(client);
+            return Err(error);
+        }
+        let given_up = std::mem::replace(&mut reading.consumer, client);
+        reading.given_up.end(given_up);
         drop(reading);
-        warn!(sink = %self.sink, partition = silent, from, end, "a partition gives nothing of what it has; its consumer is made anew");
-        end_aside(given_up);
+        self.silence.clear();
+        warn!(sink = %self.sink, partition = silent, from, "a partition gives nothing of what it has; its consumer is made anew");
         Ok(())
     }
 
@@ -194,6 +195,11 @@ impl Readers {
 }
 
 impl Feed {
+    /// Whether nothing has come since then.
+    fn is_silent_at(&self, next: i64) -> bool {
+        self.is_starved.load(Ordering::Relaxed) && self.next.load(Ordering::Relaxed) == next
+    }
+
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -209,6 +215,20 @@ fn client(config: &Config, sink: &str) -> KafkaResult<Arc<BaseConsumer<Log>>> {
         }
     }
     BaseConsumer::from_config_and_context(&client, Log::of_sink(sink)).map(Arc::new)
+}
+
+/// Has another client read what is read, each partition from where it is. What the readers take meanwhile they get once
+/// more, and pass over.
+fn move_to(client: &Arc<BaseConsumer<Log>>, topic: &str, feeds: &BTreeMap<i32, Arc<Feed>>) -> KafkaResult<()> {
+    let queue =
+        |(partition, feed): (&i32, &Arc<Feed>)| queue(client, topic, *partition, &feed.filled, &feed.is_starved);
+    let queues = feeds.iter().map(queue).collect::<KafkaResult<Vec<_>>>()?;
+    assign(client, topic, feeds.iter().map(|(partition, feed)| (*partition, feed.next.load(Ordering::Relaxed))))?;
+    for (feed, queue) in feeds.values().zip(queues) {
+        *feed.lock() = queue;
+        feed.filled.notify_one();
+    }
+    Ok(())
 }
 
 /// Where to take from what a partition gives: made before it is assigned, so that nothing gets into the common queue.
