@@ -40,10 +40,8 @@ pub struct Follower {
 struct Partition {
     /// Up to where its records were read.
     read_to: i64,
-    /// Whether it has given a record since the last look, or said that there is none. Behind the last record may be what only
-    /// brokers need: where transactions ended.
-    is_heard: bool,
-    /// Where it ended when it had given all, as far as is known.
+    /// Where it ended when it last said that it has no more. Behind the last record may be what only brokers need: where
+    /// transactions ended.
     end: i64,
 }
 
@@ -71,13 +69,17 @@ impl Follower {
                 None => return,
                 Some(Ok(message)) => {
                     note(&message);
-                    if let Some(partition) = of(&mut self.partitions, message.partition()) {
-                        (partition.read_to, partition.is_heard) = (message.offset() + 1, true);
+                    let index = message.partition();
+                    self.silence.heard(index);
+                    if let Some(partition) = of(&mut self.partitions, index) {
+                        partition.read_to = message.offset() + 1;
                     }
                 }
-                Some(Err(KafkaError::PartitionEOF(partition))) => {
-                    if let Some(partition) = of(&mut self.partitions, partition) {
-                        partition.is_heard = true;
+                Some(Err(KafkaError::PartitionEOF(index))) => {
+                    self.silence.heard(index);
+                    let end = self.end(index);
+                    if let (Some(end), Some(partition)) = (end, of(&mut self.partitions, index)) {
+                        partition.end = end;
                     }
                 }
                 // It reconnects by itself.
@@ -85,6 +87,11 @@ impl Follower {
             }
             patience = Duration::ZERO;
         }
+    }
+
+    /// Where a partition ends; nothing if its broker does not say.
+    fn end(&self, partition: i32) -> Option<i64> {
+        self.asking.fetch_watermarks(&self.topic, partition, TIMEOUT).ok().map(|(_, end)| end)
     }
 
     /// Looks at some partitions, if it is time to.
@@ -96,18 +103,20 @@ impl Follower {
         drop(self.asking.poll(Duration::ZERO));
         for _ in 0..self.partitions.len().div_ceil(TURNS) {
             let index = self.next;
-            let Some(partition) = of(&mut self.partitions, index) else { break };
+            let Some(Partition { read_to, end: passed }) = of(&mut self.partitions, index).copied() else { break };
             self.next += 1;
-            let Ok((_, end)) = self.asking.fetch_watermarks(&self.topic, index, TIMEOUT) else {
+            match self.end(index) {
+                Some(end) if end > read_to.max(passed) => {
+                    if self.silence.missed(index, Instant::now()) {
+                        self.renew(index);
+                    }
+                }
+                Some(_) => self.silence.heard(index),
                 // Nobody can say. The others wait for the next look, so that this one does not take too long.
-                self.silence.heard(index);
-                break;
-            };
-            if partition.is_heard || end <= partition.end.max(partition.read_to) {
-                (partition.end, partition.is_heard) = (end, false);
-                self.silence.heard(index);
-            } else if self.silence.missed(index, Instant::now()) {
-                self.renew(index);
+                None => {
+                    self.silence.heard(index);
+                    break;
+                }
             }
         }
         if of(&mut self.partitions, self.next).is_none() {

@@ -67,7 +67,7 @@ mod tests {
         assert!(!silence.missed(1, start + 29 * second) && !silence.missed(2, start + 39 * second));
         assert!(silence.missed(1, start + 30 * second));
         assert!(!silence.missed(1, start + 31 * second), "it begins anew");
-        assert!(silence.missed(2, start + 40 * second), "but not for others");
+        assert!(silence.missed(2, start + 69 * second), "but not for others");
         silence.heard(1);
         assert!(!silence.missed(1, start + 70 * second));
         silence.clear();
