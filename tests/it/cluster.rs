@@ -412,6 +412,7 @@ async fn a_broker_with_the_only_copies_hangs(kafka: &OwnBroker) {
         since.elapsed()
     );
     relay.stop().await;
+    kafka.in_sync().await;
 }
 
 // ---- a deleted replica -------------------------------------------------------------------------------------------
