@@ -11,7 +11,7 @@ use rdkafka::message::{BorrowedMessage, Message as _};
 use tokio::sync::watch;
 
 use super::{Config, OpenError, Reception};
-use crate::kafka::{Follower, Log, Producer, Record, SendError};
+use crate::kafka::{Follower, Producer, Record, SendError};
 
 /// How many notes are taken together.
 const BATCH: usize = 100;
@@ -58,9 +58,7 @@ impl Board {
         let topic = config.control();
         let client = config.consumer(&config.group("control.reader"));
         let mut follower = Follower::new(client, topic.clone(), 1)?;
-        let mut client = config.client();
-        client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
-        let producer = Producer::new(Log::default(), client);
+        let producer = config.producer();
         let (notes, stopped) = (Arc::<Mutex<Notes>>::default(), Arc::new(AtomicBool::new(false)));
         let (change, changed) = watch::channel(0);
         let (noting, stop) = (Arc::clone(&notes), Arc::clone(&stopped));

@@ -40,7 +40,7 @@ pub use scan::Scan;
 pub use topics::prepare;
 
 use super::Position;
-use crate::kafka::{self, Place, Record};
+use crate::kafka::{self, Log, Place, Producer, Record};
 
 /// How long a member of a group may be silent before its partitions go to others, in milliseconds.
 const SESSION_TIMEOUT: &str = "10000";
@@ -256,6 +256,13 @@ impl Config {
         }
         client.set("bootstrap.servers", self.brokers.join(","));
         client
+    }
+
+    /// A producer of single records that are not entries.
+    pub fn producer(&self) -> Producer {
+        let mut client = self.client();
+        client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
+        Producer::new(Log::default(), client)
     }
 
     /// A consumer that sees only what is committed.

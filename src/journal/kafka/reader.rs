@@ -51,11 +51,17 @@ struct Reading {
 /// What a partition gives.
 struct Feed {
     queue: Mutex<Queue>,
-    filled: Arc<Notify>,
-    /// Whether the queue is empty, and somebody waits.
-    is_starved: Arc<AtomicBool>,
+    supply: Arc<Supply>,
     /// What is read next.
     next: AtomicI64,
+}
+
+/// Whether there is something in a queue.
+#[derive(Default)]
+struct Supply {
+    filled: Notify,
+    /// Whether the queue is empty, and somebody waits.
+    is_starved: AtomicBool,
 }
 
 /// Where a client puts that.
@@ -104,12 +110,12 @@ impl Readers {
     /// librdkafka refuses it.
     pub fn reader(&self, partition: i32, from: Position) -> KafkaResult<Reader> {
         let end = self.ends.of(partition).ok_or_else(|| unknown(partition))?.clone();
-        let (filled, is_starved) = (Arc::default(), Arc::default());
+        let supply = Arc::default();
         let mut reading = self.lock();
-        let queue = queue(&reading.consumer, &self.config.events(), partition, &filled, &is_starved)?;
+        let queue = queue(&reading.consumer, &self.config.events(), partition, &supply)?;
         assign(&reading.consumer, &self.config.events(), [(partition, from.to_stored())])?;
         let next = AtomicI64::new(from.to_stored());
-        let feed = Arc::new(Feed { queue: Mutex::new(queue), filled, is_starved, next });
+        let feed = Arc::new(Feed { queue: Mutex::new(queue), supply, next });
         reading.feeds.insert(partition, Arc::clone(&feed));
         drop(reading);
         self.silence.heard(partition);
@@ -156,7 +162,7 @@ impl Readers {
         let silent = |(partition, feed): (&i32, &Arc<Feed>)| {
             let next = feed.next.load(Ordering::Relaxed);
             let has_more = self.ends.of(*partition).is_some_and(|end| end.borrow().to_stored() > next);
-            if !has_more || !feed.is_starved.load(Ordering::Relaxed) {
+            if !has_more || !feed.supply.is_starved.load(Ordering::Relaxed) {
                 self.silence.heard(*partition);
                 return None;
             }
@@ -197,7 +203,7 @@ impl Readers {
 impl Feed {
     /// Whether nothing has come since then.
     fn is_silent_at(&self, next: i64) -> bool {
-        self.is_starved.load(Ordering::Relaxed) && self.next.load(Ordering::Relaxed) == next
+        self.supply.is_starved.load(Ordering::Relaxed) && self.next.load(Ordering::Relaxed) == next
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -220,30 +226,23 @@ fn client(config: &Config, sink: &str) -> KafkaResult<Arc<BaseConsumer<Log>>> {
 /// Has another client read what is read, each partition from where it is. What the readers take meanwhile they get once
 /// more, and pass over.
 fn move_to(client: &Arc<BaseConsumer<Log>>, topic: &str, feeds: &BTreeMap<i32, Arc<Feed>>) -> KafkaResult<()> {
-    let queue =
-        |(partition, feed): (&i32, &Arc<Feed>)| queue(client, topic, *partition, &feed.filled, &feed.is_starved);
+    let queue = |(partition, feed): (&i32, &Arc<Feed>)| queue(client, topic, *partition, &feed.supply);
     let queues = feeds.iter().map(queue).collect::<KafkaResult<Vec<_>>>()?;
     assign(client, topic, feeds.iter().map(|(partition, feed)| (*partition, feed.next.load(Ordering::Relaxed))))?;
     for (feed, queue) in feeds.values().zip(queues) {
         *feed.lock() = queue;
-        feed.filled.notify_one();
+        feed.supply.filled.notify_one();
     }
     Ok(())
 }
 
 /// Where to take from what a partition gives: made before it is assigned, so that nothing gets into the common queue.
-fn queue(
-    consumer: &Arc<BaseConsumer<Log>>,
-    topic: &str,
-    partition: i32,
-    filled: &Arc<Notify>,
-    is_starved: &Arc<AtomicBool>,
-) -> KafkaResult<Queue> {
+fn queue(consumer: &Arc<BaseConsumer<Log>>, topic: &str, partition: i32, supply: &Arc<Supply>) -> KafkaResult<Queue> {
     let mut queue = consumer.split_partition_queue(topic, partition).ok_or_else(|| unknown(partition))?;
-    let (filled, is_starved) = (Arc::clone(filled), Arc::clone(is_starved));
+    let supply = Arc::clone(supply);
     queue.set_nonempty_callback(move || {
-        is_starved.store(false, Ordering::Relaxed);
-        filled.notify_one();
+        supply.is_starved.store(false, Ordering::Relaxed);
+        supply.filled.notify_one();
     });
     Ok(Queue { queue, _client: Arc::clone(consumer) })
 }
@@ -278,7 +277,7 @@ impl Reader {
         while self.ahead.is_none() {
             match self.take() {
                 Ok(Some(read)) => self.ahead = Some(read),
-                Ok(None) => self.feed.filled.notified().await,
+                Ok(None) => self.feed.supply.filled.notified().await,
                 // It comes again, or is over, when the partition is read.
                 Err(_) => return,
             }
@@ -329,9 +328,9 @@ impl Reader {
     fn take(&self) -> Result<Option<Read>, ReadError> {
         let queue = self.feed.lock();
         // Before looking, so that what comes right after is not forgotten.
-        self.feed.is_starved.store(true, Ordering::Relaxed);
+        self.feed.supply.is_starved.store(true, Ordering::Relaxed);
         let Some(message) = queue.queue.poll(Duration::ZERO) else { return Ok(None) };
-        self.feed.is_starved.store(false, Ordering::Relaxed);
+        self.feed.supply.is_starved.store(false, Ordering::Relaxed);
         let message = message.map_err(|source| ReadError { partition: self.partition, source })?;
         Ok(Some(self.found(&message)))
     }

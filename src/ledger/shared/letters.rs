@@ -13,7 +13,7 @@ use super::super::{LedgerError, Letters as Reader, schema};
 use super::records::{Died, read_dead, removed};
 use crate::journal::Position;
 use crate::journal::kafka::{Config, number_of};
-use crate::kafka::{Follower, Log, Producer, SendError};
+use crate::kafka::{Follower, Producer, SendError};
 
 /// How many are noted together.
 const BATCH: usize = 500;
@@ -44,9 +44,7 @@ impl Letters {
         let topic = config.dead_letters();
         let client = config.consumer(&config.group("dead-letters.reader"));
         let mut follower = Follower::new(client, topic.clone(), partitions).map_err(failed)?;
-        let mut client = config.client();
-        client.set("acks", "all").set("enable.idempotence", "true").set("message.timeout.ms", "10000");
-        let producer = Producer::new(Log::default(), client);
+        let producer = config.producer();
         let stopped = Arc::new(AtomicBool::new(false));
         let (stop, notes) = (Arc::clone(&stopped), Arc::clone(&reader));
         let follow = move || {
