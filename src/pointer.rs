@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use serde::Deserialize as _;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
@@ -40,11 +41,18 @@ impl Pointer {
         }
         match at.as_bytes().first()? {
             b'n' => None,
-            b'"' if !at.contains('\\') => Some(Cow::Borrowed(at.strip_prefix('"')?.strip_suffix('"')?)),
-            b'"' => serde_json::from_str(at).ok().map(Cow::Owned),
+            b'"' => text(at),
             b'{' | b'[' => Some(Cow::Owned(compact(at))),
             _ => Some(Cow::Borrowed(at)),
         }
+    }
+}
+
+/// What a JSON string says, quotes around it; `None` where an escape in it stands for no character.
+pub(crate) fn text(string: &str) -> Option<Cow<'_, str>> {
+    match string.contains('\\') {
+        false => Some(Cow::Borrowed(string.strip_prefix('"')?.strip_suffix('"')?)),
+        true => serde_json::from_str(string).ok().map(Cow::Owned),
     }
 }
 
@@ -118,19 +126,8 @@ impl<'j> DeserializeSeed<'j> for Is<'_> {
     type Value = bool;
 
     fn deserialize<D: Deserializer<'j>>(self, key: D) -> Result<bool, D::Error> {
-        key.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for Is<'_> {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E>(self, key: &str) -> Result<bool, E> {
-        Ok(key == self.0)
+        let key = <&RawValue>::deserialize(key)?;
+        Ok(text(key.get()).is_some_and(|key| key == self.0))
     }
 }
 
@@ -157,7 +154,7 @@ mod tests {
     fn follows_pointers() {
         let body = concat!(
             r#"{"a":{"b":"x","n":1.50,"big":123456789012345678901234,"t":true,"z":null,"e":"\u00e9\"","":"empty"},"#,
-            r#""l":[1, "two", {"k" : "v\" w \\" , "l":[ ]}],"a/b":"slash","m~n":"tilde","d":1,"d":2,"q\"":"quote"}"#
+            r#""l":[1, "two", {"k" : "v\" w \\" , "l":[ ]}],"a/b":"slash","m~n":"tilde","d":1,"d":2,"q\"":"quote","\ud800":"no text","s\u0061me":"escaped"}"#
         );
         let check = |pointer: &str, expected: Option<&str>| {
             assert_eq!(Pointer::parse(pointer).unwrap().find(body).as_deref(), expected, "{pointer}");
@@ -187,6 +184,8 @@ mod tests {
         check("/m~0n", Some("tilde"));
         check("/d", Some("2"));
         check("/q\"", Some("quote"));
+        check("/same", Some("escaped"));
+        check("/\u{fffd}", None);
     }
 
     #[test]

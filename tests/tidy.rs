@@ -17,7 +17,7 @@ use regex::Regex;
 const IMPORTS: [(&str, &[&str]); 20] = [
     // What the words are made of.
     ("pointer", &[]),
-    ("event", &[]),
+    ("event", &["pointer"]),
     ("document", &["template"]),
     ("template", &["document", "event", "pointer"]),
     ("telemetry", &[]),

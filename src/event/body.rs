@@ -1,13 +1,16 @@
 //! Request bodies: taking them apart without copying, and writing the record of each event.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::time::SystemTime;
 
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, Visitor};
+use serde::Deserialize as _;
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
 use super::{ABSENT, EventId, Field, HEAD, Span, TRACEPARENT_LEN, VERSION};
+use crate::pointer::text;
 
 /// An event of a request body, before it is stored.
 #[derive(Debug)]
@@ -52,7 +55,9 @@ impl<'a> Parsed<'a> {
             return Err(BodyError::NotObject);
         }
         let mut fields = Fields::default();
-        collect(body, body, Level::Root, &mut fields)?;
+        let mut input = serde_json::Deserializer::from_str(body);
+        input.deserialize_map(Collector { body, level: Level::Root, fields: &mut fields })?;
+        input.end()?;
         Ok(Self { body, fields })
     }
 
@@ -125,17 +130,7 @@ enum Level {
 /// What a key leads to.
 enum Slot {
     Field(Field),
-    Object {
-        level: Level,
-        /// Whether its value is known to be an object.
-        follows: bool,
-    },
-}
-
-impl Slot {
-    fn object(level: Level) -> Self {
-        Self::Object { level, follows: false }
-    }
+    Object(Level),
 }
 
 impl Level {
@@ -155,9 +150,9 @@ impl Level {
             (Self::Root, "message_status") => Slot::Field(Field::Status),
             (Self::Root, "event_name") => Slot::Field(Field::EventName),
             (Self::Root, "event_timestamp") => Slot::Field(Field::EventTimestamp),
-            (Self::Root, "channel") => Slot::object(Self::Channel),
-            (Self::Root, "campaign") => Slot::object(Self::Campaign),
-            (Self::Root, "recipient") => Slot::object(Self::Recipient),
+            (Self::Root, "channel") => Slot::Object(Self::Channel),
+            (Self::Root, "campaign") => Slot::Object(Self::Campaign),
+            (Self::Root, "recipient") => Slot::Object(Self::Recipient),
             (Self::Channel, "channel_type") => Slot::Field(Field::ChannelType),
             (Self::Channel, "name") => Slot::Field(Field::ChannelName),
             (Self::Channel, "sender_id") => Slot::Field(Field::SenderId),
@@ -167,13 +162,6 @@ impl Level {
             _ => return None,
         })
     }
-}
-
-/// Reads the fields of one object in the body; of a repeated key the last counts.
-fn collect(body: &str, object: &str, level: Level, fields: &mut Fields) -> serde_json::Result<()> {
-    let mut input = serde_json::Deserializer::from_str(object);
-    input.deserialize_map(Collector { body, level, fields })?;
-    input.end()
 }
 
 impl Fields {
@@ -187,13 +175,14 @@ impl Fields {
     fn span(&mut self, json: &str, body: &str) -> Option<Span> {
         let in_body = |text: &str| (span_len(text.as_ptr().addr() - body.as_ptr().addr()), span_len(text.len()));
         match json.as_bytes().first()? {
-            b'"' if !json.contains('\\') => Some(in_body(json.strip_prefix('"')?.strip_suffix('"')?)),
-            b'"' => {
-                let text: String = serde_json::from_str(json).ok()?;
-                let offset = body.len() + self.unescaped.len();
-                self.unescaped.push_str(&text);
-                Some((span_len(offset), span_len(text.len())))
-            }
+            b'"' => Some(match text(json)? {
+                Cow::Borrowed(text) => in_body(text),
+                Cow::Owned(text) => {
+                    let offset = body.len() + self.unescaped.len();
+                    self.unescaped.push_str(&text);
+                    (span_len(offset), span_len(text.len()))
+                }
+            }),
             b'{' | b'[' | b'n' => None,
             _ => Some(in_body(json)),
         }
@@ -223,25 +212,24 @@ impl<'a> Visitor<'a> for Collector<'_> {
 
     fn visit_map<M: MapAccess<'a>>(self, mut map: M) -> Result<(), M::Error> {
         let Self { body, level, fields } = self;
-        while let Some(slot) = map.next_key_seed(Key { body, level })? {
+        while let Some((slot, is_object)) = map.next_key_seed(Key { body, level })? {
             match slot {
-                None => drop(map.next_value::<&RawValue>()?),
+                None => {
+                    map.next_value::<IgnoredAny>()?;
+                }
                 Some(Slot::Field(field)) => {
                     let value: &'a RawValue = map.next_value()?;
                     let span = fields.span(value.get(), body);
                     fields.put(field, span);
                 }
-                Some(Slot::Object { level, follows }) => {
+                Some(Slot::Object(level)) => {
                     for field in level.fields() {
                         fields.put(*field, None);
                     }
-                    if follows {
+                    if is_object {
                         map.next_value_seed(Collector { body, level, fields })?;
                     } else {
-                        let value: &'a RawValue = map.next_value()?;
-                        if value.get().starts_with('{') {
-                            collect(body, value.get(), level, fields).map_err(serde::de::Error::custom)?;
-                        }
+                        map.next_value::<IgnoredAny>()?;
                     }
                 }
             }
@@ -250,42 +238,22 @@ impl<'a> Visitor<'a> for Collector<'_> {
     }
 }
 
-/// A key in the body.
+/// A key in the body, and whether an object follows. A key with escapes that stand for no character leads to nothing.
 struct Key<'c> {
     body: &'c str,
     level: Level,
 }
 
 impl<'a> DeserializeSeed<'a> for Key<'_> {
-    type Value = Option<Slot>;
+    type Value = (Option<Slot>, bool);
 
     fn deserialize<D: Deserializer<'a>>(self, key: D) -> Result<Self::Value, D::Error> {
-        key.deserialize_str(self)
-    }
-}
-
-impl<'a> Visitor<'a> for Key<'_> {
-    type Value = Option<Slot>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_borrowed_str<E>(self, key: &'a str) -> Result<Self::Value, E> {
-        Ok(match self.level.slot(key) {
-            Some(Slot::Object { level, .. }) => {
-                let end = key.as_ptr().addr() - self.body.as_ptr().addr() + key.len();
-                let mut behind = self.body.as_bytes().iter().skip(end + 1);
-                let first = behind.find(|byte| !matches!(byte, b' ' | b'\t' | b'\r' | b'\n' | b':'));
-                Some(Slot::Object { level, follows: first == Some(&b'{') })
-            }
-            other => other,
-        })
-    }
-
-    /// Of a key with escapes nothing is known but what it says.
-    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-        Ok(self.level.slot(key))
+        let key = <&RawValue>::deserialize(key)?.get();
+        let slot = text(key).and_then(|key| self.level.slot(&key));
+        let end = key.as_ptr().addr() - self.body.as_ptr().addr() + key.len();
+        let mut behind = self.body.as_bytes().iter().skip(end);
+        let first = behind.find(|byte| !matches!(byte, b' ' | b'\t' | b'\r' | b'\n' | b':'));
+        Ok((slot, first == Some(&b'{')))
     }
 }
 

@@ -179,6 +179,14 @@ fn refuses_bodies() {
     }
     // Escapes that stand for no character: a rule could not read the field.
     assert_eq!(event(r#"{"message_id":"\ud800"}"#).field(Field::MessageId), None);
+    for body in [
+        r#"{"\ud800":1,"message_id":"m"}"#,
+        r#"{"channel":{"\udc00":1},"message_id":"m"}"#,
+        r#"{"x":{"\ud800":1},"mess\u0061ge_id":"m"}"#,
+        r#"[{"\ud800\ud800":{"a":[]},"message_id":"m"}]"#,
+    ] {
+        assert_eq!(event(body).field(Field::MessageId), Some("m"), "{body}");
+    }
 }
 
 #[test]

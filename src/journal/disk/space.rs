@@ -19,9 +19,6 @@ use super::{Segment, Shared, lock, segment};
 /// How often free space and retention are looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// A segment with less than this part of it left counts as used up.
-const NEARLY_USED_UP: u64 = 64;
-
 /// How many files at most are kept ready; only one is made anew.
 const MAX_SPARES: usize = 2;
 
@@ -46,6 +43,8 @@ struct State {
     taken: u64,
     /// Why there is none, if it was tried.
     refused: Option<Arc<str>>,
+    /// Whether the writer has asked for one in vain. Until then what comes fits into the segment that it has.
+    missed: bool,
     closed: bool,
 }
 
@@ -70,8 +69,9 @@ impl Slot {
                 self.changed.notify_all();
                 return Ok(spare);
             }
-            if let Some(reason) = &state.refused {
-                return Err(Arc::clone(reason));
+            if let Some(reason) = state.refused.clone() {
+                state.missed = true;
+                return Err(reason);
             }
             if state.closed {
                 return Err("closing".into());
@@ -109,7 +109,7 @@ impl Slot {
         match spare {
             Ok(spare) => {
                 state.spares.push(spare);
-                state.refused = None;
+                (state.refused, state.missed) = (None, false);
             }
             Err(reason) => state.refused = Some(reason),
         }
@@ -130,6 +130,14 @@ impl Slot {
 pub(super) fn limit(shared: &Shared) -> io::Result<u64> {
     let free = free_disk(&shared.dir)?.saturating_sub(shared.config.min_free_disk.as_u64());
     Ok(shared.config.max_disk.as_u64().min(shared.disk_bytes().saturating_add(free)))
+}
+
+/// Says whether there is room for what comes.
+pub(super) fn tell_room(shared: &Shared) {
+    // Under the lock, so that what was seen last is said last.
+    let state = lock(&shared.spare.state);
+    let reason = state.refused.as_ref().filter(|_| state.missed);
+    shared.set_full(reason.map(ToString::to_string));
 }
 
 /// The thread that looks after space.
@@ -179,19 +187,8 @@ impl Keeper {
             let spare = self.make_spare()?;
             self.shared.spare.put(spare);
         }
-        let refused = lock(&self.shared.spare.state).refused.clone();
-        match refused {
-            // Until the active segment is used up there is room.
-            Some(_) if self.active_room() > self.shared.config.segment.as_u64() / NEARLY_USED_UP => {}
-            Some(reason) => self.shared.set_full(Some(reason.to_string())),
-            None => self.shared.set_full(None),
-        }
+        tell_room(&self.shared);
         Ok(())
-    }
-
-    fn active_room(&self) -> u64 {
-        let segments = self.shared.segments();
-        segments.list.back().filter(|last| last.sealed.is_none()).map_or(0, |last| last.size - last.end)
     }
 
     /// A new spare file, or why there can be none now.

@@ -421,7 +421,8 @@ fn a_full_journal_refuses_until_readers_let_go() {
         }
     };
     assert!(matches!(refused, AppendError::Full(_)), "{refused:?}");
-    assert!(accepted >= 3 * 6, "{accepted}");
+    assert_eq!(accepted, 4 * 6, "every segment is used up");
+    assert!(matches!(journal.view().health(), Health::Full(_)));
     assert!(journal.disk_bytes() <= 4 * SEGMENT);
     let view = journal.view();
     assert_eq!((view.needed_bytes(), view.limit_bytes().unwrap()), (4 * SEGMENT, 4 * SEGMENT));
@@ -441,6 +442,32 @@ fn a_full_journal_refuses_until_readers_let_go() {
         }
     }
     assert!(journal.disk_bytes() <= 4 * SEGMENT);
+    journal.close();
+}
+
+/// Long after the last segment was begun, and although none can follow it.
+#[test]
+fn the_last_segment_is_used_up_before_the_journal_is_full() {
+    let mut fixture = Fixture::new();
+    fixture.config.max_disk = ByteSize::b(2 * SEGMENT);
+    let (journal, _) = fixture.open();
+    let (appender, _reader) = (journal.appender(), journal.reader(Start::Earliest));
+    for _ in 0..7 {
+        append(&appender, &[vec![7; 10_000]]).unwrap();
+    }
+    // The space keeper looks every second.
+    let health = || journal.view().health();
+    let deadline = Instant::now() + Duration::from_millis(2500);
+    while Instant::now() < deadline {
+        assert_eq!(health(), Health::Serving);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for _ in 0..5 {
+        append(&appender, &[vec![7; 10_000]]).unwrap();
+    }
+    assert_eq!(health(), Health::Serving, "nothing was refused yet");
+    assert!(matches!(append(&appender, &[vec![7; 10_000]]), Err(AppendError::Full(_))));
+    assert!(matches!(health(), Health::Full(_)), "who has to know of a refusal knows");
     journal.close();
 }
 

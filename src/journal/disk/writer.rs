@@ -415,7 +415,10 @@ impl Writer {
 
     /// Ends the active segment and begins the next.
     fn roll(&mut self) -> Result<(), CommitError> {
-        let spare = self.shared.spare.take().map_err(CommitError::Full)?;
+        let spare = self.shared.spare.take().map_err(|reason| {
+            space::tell_room(&self.shared);
+            CommitError::Full(reason)
+        })?;
         if let Some(active) = &self.active {
             let room = usize::try_from(active.room()).unwrap_or(usize::MAX);
             active.file.write_all_at(TERMINATOR.get(..room).unwrap_or(&TERMINATOR), active.offset)?;
