@@ -20,6 +20,8 @@ pub use read::Read;
 
 /// The file that is read if it is there.
 pub const DEFAULT_FILE: &str = "relay.toml";
+/// The longest time that may be given for either part of a stop.
+const MAX_SHUTDOWN: Duration = Duration::from_hours(24);
 const TABLES: [&str; 7] = ["data_dir", "routes", "ingress", "journal", "admin", "shutdown", "telemetry"];
 
 /// All settings.
@@ -67,6 +69,15 @@ pub struct ShutdownConfig {
 impl Default for ShutdownConfig {
     fn default() -> Self {
         Self { delay: Duration::from_secs(5), grace: Duration::from_secs(20) }
+    }
+}
+
+impl ShutdownConfig {
+    fn problems(&self) -> Vec<String> {
+        let times = [("delay", self.delay), ("grace", self.grace)].into_iter();
+        let too_long = times.filter(|(_, time)| *time > MAX_SHUTDOWN);
+        let problem = |(name, _)| format!("shutdown.{name} is longer than a day, which is the most");
+        too_long.map(problem).collect()
     }
 }
 
@@ -132,9 +143,10 @@ impl Config {
         read
     }
 
-    /// The files that the settings name, beside those of `${file:…}`.
-    pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.ingress.files().chain(self.admin.files())
+    /// The files that the settings name, beside those of `${file:…}`, and that of the token where one is made up.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let token = self.ingress.auth.is_generated().then(|| ingress::generated_token_path(&self.data_dir));
+        self.ingress.files().chain(self.admin.files()).map(Path::to_owned).chain(token)
     }
 
     /// Looks into the certificate files that the settings name; returns warnings, and problems. Commands that don't serve
@@ -178,6 +190,10 @@ impl Config {
         let parts =
             [self.ingress.problems(), self.journal.problems(), self.admin.problems(), self.telemetry.problems()];
         let mut problems = parts.concat();
+        if self.data_dir.as_os_str().is_empty() {
+            problems.push("data_dir is empty; name a folder".to_owned());
+        }
+        problems.extend(self.shutdown.problems());
         if share(self.ingress.listen, self.admin.listen) {
             problems.push(format!(
                 "admin.listen is {}, and ingress.listen is {}: each needs a port of its own",

@@ -76,6 +76,16 @@ pub struct Origin {
     pub logs: Logs,
 }
 
+impl Origin {
+    /// Says in which file the token is that was made up, if one was.
+    fn note_token(&mut self, file: Option<PathBuf>) {
+        let Some(file) = file else { return };
+        // It may have been written only now.
+        self.seen.note(&file);
+        info!(file = %file.display(), "no token is configured; senders need the one in this file");
+    }
+}
+
 /// Runs until `shutdown` says to end.
 ///
 /// # Errors
@@ -117,7 +127,7 @@ impl Relay {
     async fn start(
         config: &Config,
         rules: Rules,
-        origin: Origin,
+        mut origin: Origin,
         operators: admin::Gate,
         shutdown: &watch::Receiver<Shutdown>,
     ) -> Result<(Self, Operated), RunError> {
@@ -127,9 +137,7 @@ impl Relay {
         let opened = Opened::open(config, rules, &metrics, traces.as_ref()).await?;
         let Opened { storage, mut carriers, journal, letters, cluster } = opened;
         let (access, generated) = Access::new(&config.ingress, &config.data_dir)?;
-        if let Some(path) = generated {
-            info!(file = %path.display(), "no token is configured; senders need the one in this file");
-        }
+        origin.note_token(generated);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let counts = metrics.ingress.clone();
         let ingress = Ingress::start(&config.ingress, access, &journal, cores, counts, traces.as_ref())?;

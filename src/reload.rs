@@ -99,7 +99,7 @@ impl Sources {
     fn load_with(&self, recorder: &Recorder) -> Result<Loaded, LoadError> {
         recorder.note(self.config.as_deref().unwrap_or(Path::new(DEFAULT_FILE)));
         let Read { config, mut problems, mut warnings, knows_routes } = self.read(recorder);
-        config.files().for_each(|file| recorder.note(file));
+        config.files().for_each(|file| recorder.note(&file));
         let (expired, unusable) = config.check_certificates();
         warnings.extend(expired);
         problems.extend(unusable);
@@ -211,6 +211,10 @@ impl Print {
         let stat = Stat::of(path);
         Self { stat, digest: fs::read(path).ok().map(|content| Sha256::digest(content).into()) }
     }
+
+    fn has_content(&self) -> bool {
+        self.stat.is_some_and(|stat| !stat.is_empty())
+    }
 }
 
 impl Seen {
@@ -218,6 +222,18 @@ impl Seen {
     pub fn holds_same(&self, other: &Self) -> bool {
         let content = |seen: &Self| seen.0.iter().map(|(path, print)| (path.clone(), print.digest)).collect::<Vec<_>>();
         content(self) == content(other)
+    }
+
+    /// Notes a file as it is now.
+    pub fn note(&mut self, path: &Path) {
+        self.0.insert(path.to_owned(), Print::of(path));
+    }
+
+    /// The files that had something in them then, and are gone or empty now: most likely they are being written.
+    pub fn emptied<'s>(&'s self, then: &'s Self) -> impl Iterator<Item = &'s Path> {
+        let had_content = |path: &Path| then.0.get(path).is_some_and(Print::has_content);
+        let empty = self.0.iter().filter(|(_, print)| !print.has_content());
+        empty.map(|(path, _)| path.as_path()).filter(move |path| had_content(path))
     }
 
     /// Waits until a file has another content, and no more changes follow. Nothing is lost if the future is dropped.

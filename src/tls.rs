@@ -102,22 +102,22 @@ pub fn is_http2<S>(stream: &TlsStream<S>) -> bool {
     stream.get_ref().1.alpn_protocol() == Some(HTTP2)
 }
 
-/// Whether a listener that runs can go on with another TLS: not if it is there only before or after.
+/// What a listener that runs goes on with: the old, if only one of the two is there.
 ///
 /// # Errors
 ///
-/// [`NeedsRestart`].
-pub fn check_replacement(
-    setting: &'static str,
-    old: Option<&Server>,
-    new: Option<&Server>,
-) -> Result<(), NeedsRestart> {
-    if old.is_some() == new.is_some() { Ok(()) } else { Err(NeedsRestart { setting }) }
+/// [`NeedsRestart`]: it was the old.
+pub fn replace(setting: &'static str, old: Option<&Server>, new: &mut Option<Server>) -> Result<(), NeedsRestart> {
+    if old.is_some() == new.is_some() {
+        return Ok(());
+    }
+    *new = old.cloned();
+    Err(NeedsRestart { setting })
 }
 
 /// TLS was turned on or off while running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{setting} can be turned on and off only by a restart; nothing of what is in use was changed")]
+#[error("{setting} can be turned on and off only by a restart, and stays as it is until then")]
 pub struct NeedsRestart {
     setting: &'static str,
 }
@@ -266,12 +266,14 @@ mod tests {
 
     #[test]
     fn tls_is_not_turned_on_while_running() {
-        let server = Files::new().load("cert", "key", None).unwrap();
-        assert_eq!(check_replacement("ingress.tls", None, None), Ok(()));
-        assert_eq!(check_replacement("ingress.tls", Some(&server), Some(&server)), Ok(()));
-        for (old, new) in [(None, Some(&server)), (Some(&server), None)] {
-            let error = check_replacement("ingress.tls", old, new).unwrap_err().to_string();
+        let server = || Some(Files::new().load("cert", "key", None).unwrap());
+        for (old, mut new) in [(None, None), (server(), server())] {
+            assert_eq!(replace("ingress.tls", old.as_ref(), &mut new), Ok(()));
+        }
+        for (old, mut new) in [(None, server()), (server(), None)] {
+            let error = replace("ingress.tls", old.as_ref(), &mut new).unwrap_err().to_string();
             assert!(error.starts_with("ingress.tls can be turned on and off only by a restart"), "{error}");
+            assert_eq!(new.is_some(), old.is_some());
         }
     }
 }

@@ -69,11 +69,11 @@ impl Gate {
     ///
     /// # Errors
     ///
-    /// [`NeedsRestart`]: one has TLS and the other has not. Nothing has changed.
-    pub fn replace(&self, access: Access) -> Result<(), NeedsRestart> {
-        tls::check_replacement("admin.tls", self.load().tls.as_ref(), access.tls.as_ref())?;
+    /// [`NeedsRestart`]: one has TLS and the other has not. All the rest has changed.
+    pub fn replace(&self, mut access: Access) -> Result<(), NeedsRestart> {
+        let replaced = tls::replace("admin.tls", self.load().tls.as_ref(), &mut access.tls);
         self.0.store(Arc::new(access));
-        Ok(())
+        replaced
     }
 
     /// When the certificate expires, if there is one.

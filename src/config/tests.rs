@@ -220,6 +220,17 @@ fn says_what_does_not_work() {
     check("[journal]\nkind = 'kafka'\n[ingress]\nauth = 'none'\n", &[], &["relay.toml:1:1: journal.brokers: the list"]);
     check("", &[("RELAY_ADMIN__TOKEN", " x")], &["RELAY_ADMIN__TOKEN: admin.token begins or ends with white space"]);
     check("", &[("RELAY_ADMIN__TOKEN", "x\ty\u{1}")], &["RELAY_ADMIN__TOKEN: admin.token has a control character"]);
+    check("data_dir = ''\n", &[], &["relay.toml:1:1: data_dir is empty; name a folder"]);
+    let a_day = [("RELAY_SHUTDOWN__DELAY", "24h"), ("RELAY_SHUTDOWN__GRACE", "24h")];
+    check("", &a_day, &[]);
+    check(
+        "",
+        &a_day.map(|(name, _)| (name, "86401s")),
+        &[
+            "RELAY_SHUTDOWN__DELAY: shutdown.delay is longer than a day, which is the most",
+            "RELAY_SHUTDOWN__GRACE: shutdown.grace is longer than a day, which is the most",
+        ],
+    );
     // Syntax.
     check("not toml\n", &[], &["relay.toml:1:"]);
     check("[admin]\ntoken = \"S3CRET\" x\nlisten = '0.0.0.0:1'\n", &[], &["relay.toml:2:18: "]);

@@ -112,11 +112,11 @@ impl Gate {
     ///
     /// # Errors
     ///
-    /// [`NeedsRestart`]: one has TLS and the other has not. Nothing has changed.
-    pub fn replace(&self, access: Access) -> Result<(), NeedsRestart> {
-        tls::check_replacement("ingress.tls", self.load().tls(), access.tls())?;
+    /// [`NeedsRestart`]: one has TLS and the other has not. All the rest has changed.
+    pub fn replace(&self, mut access: Access) -> Result<(), NeedsRestart> {
+        let replaced = tls::replace("ingress.tls", self.load().tls(), &mut access.tls);
         self.0.store(Arc::new(access));
-        Ok(())
+        replaced
     }
 
     /// When the certificate expires, if there is one.
@@ -145,7 +145,7 @@ mod tests {
     use crate::ingress::{AuthConfig, Scheme, SignatureConfig};
 
     #[test]
-    fn a_replacement_is_whole_or_not_at_all() {
+    fn all_but_tls_is_replaced_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str| dir.path().join(name);
         let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
@@ -164,11 +164,12 @@ mod tests {
         assert!(!lets_in(&gate));
         let error = gate.replace(access(&over_tls)).unwrap_err().to_string();
         assert!(error.starts_with("ingress.tls can be turned on and off only by a restart"), "{error}");
-        assert!(!lets_in(&gate), "what held before holds on");
+        assert!(lets_in(&gate) && gate.certificate_expires().is_none());
 
         let gate = Gate::new(access(&over_tls));
         assert!(gate.certificate_expires() > Some(SystemTime::now()));
-        assert!(gate.replace(access(&cleartext)).is_err());
+        assert!(gate.replace(access(&closed)).is_err());
+        assert!(!lets_in(&gate) && gate.certificate_expires() > Some(SystemTime::now()));
         gate.replace(access(&over_tls)).unwrap();
     }
 

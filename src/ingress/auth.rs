@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -224,6 +224,8 @@ fn generated_token(path: &Path) -> io::Result<String> {
     getrandom::fill(&mut random).map_err(io::Error::other)?;
     let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
     let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    // An empty file may have been there, for others to read.
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
     writeln!(file, "{token}")?;
     file.sync_all()?;
     Ok(token)
@@ -280,10 +282,13 @@ mod tests {
 
     #[test]
     fn a_token_is_made_up_once() {
-        use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
-        let (auth, path) = Auth::new(&AuthConfig::default(), dir.path()).unwrap();
-        let path = path.unwrap();
+        // There may be an empty file already, which others may read.
+        let path = generated_token_path(dir.path());
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let (auth, generated) = Auth::new(&AuthConfig::default(), dir.path()).unwrap();
+        assert_eq!(generated.as_ref(), Some(&path));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let token = fs::read_to_string(&path).unwrap();
         assert_eq!(token.trim().len(), 64);

@@ -67,16 +67,19 @@ pub(super) async fn serve(
     }
     let tls = handler.gate().load().tls().cloned();
     let begun = tokio::select! {
-        begun = timeout(limits.header_timeout, begin(stream, tls)) => begun,
+        begun = begin(stream, tls, limits) => begun,
         () = told(&mut stop) => return,
     };
     let answering = Answering { handler, peer };
     let result = match begun {
-        Ok(Ok(Begun::Cleartext(stream, is_http2))) => serve_http(stream, is_http2, answering, limits, stop).await,
-        Ok(Ok(Begun::Tls(stream, is_http2))) => serve_http(stream, is_http2, answering, limits, stop).await,
+        Ok(Begun::Cleartext(stream, is_http2)) => serve_http(stream, is_http2, answering, limits, stop).await,
+        Ok(Begun::Tls(stream, is_http2)) => serve_http(stream, is_http2, answering, limits, stop).await,
+        Ok(Begun::TooSlow(stream)) => {
+            answering.handler.timed_out();
+            return tell_of_timeout(stream).await;
+        }
         // There is no request to answer.
-        Ok(Err(error)) => return debug!(%error, "connection ended before a request"),
-        Err(_) => return debug!("connection was silent for too long"),
+        Err(error) => return debug!(%error, "connection ended before a request"),
     };
     if let Err(error) = result {
         debug!(%error, "connection ended");
@@ -88,15 +91,22 @@ enum Begun {
     Cleartext(TcpStream, bool),
     /// In a box, so that connections without TLS have no room for it.
     Tls(Box<TlsStream<TcpStream>>, bool),
+    /// The beginning of the preface of HTTP/2, and no more of it in time.
+    TooSlow(TcpStream),
 }
 
-async fn begin(stream: TcpStream, tls: Option<tls::Server>) -> io::Result<Begun> {
+/// Waits for the first request: for its first byte as long as for any other, and no longer for the rest of what tells HTTP/2
+/// from HTTP/1.1, or for the handshake, than for a request's headers.
+async fn begin(stream: TcpStream, tls: Option<tls::Server>, limits: Limits) -> io::Result<Begun> {
     let Some(tls) = tls else {
-        let is_http2 = is_http2(&stream).await?;
-        return Ok(Begun::Cleartext(stream, is_http2));
+        timeout(limits.idle_timeout, stream.peek(&mut [0])).await??;
+        return Ok(match timeout(limits.header_timeout, is_http2(&stream)).await {
+            Ok(is_http2) => Begun::Cleartext(stream, is_http2?),
+            Err(_) => Begun::TooSlow(stream),
+        });
     };
-    let mut stream = Box::new(Box::pin(tls.accept(stream)).await?);
-    if stream.fill_buf().await?.is_empty() {
+    let mut stream = Box::new(timeout(limits.header_timeout, Box::pin(tls.accept(stream))).await??);
+    if timeout(limits.idle_timeout, stream.fill_buf()).await??.is_empty() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     let is_http2 = tls::is_http2(&stream);

@@ -64,6 +64,9 @@ const NOT_IN_PATHS: &AsciiSet = &CONTROLS
     .add(b'{')
     .add(b'|')
     .add(b'}');
+/// The most that `max_connections` may be, and the longest time that may be given for anything.
+const MAX_CONNECTIONS: usize = 1_000_000;
+const MAX_TIME: Duration = Duration::from_hours(7 * 24);
 /// How long accepting pauses when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -146,12 +149,21 @@ impl Config {
             ("header_timeout", self.header_timeout),
             ("body_timeout", self.body_timeout),
             ("idle_timeout", self.idle_timeout),
-            ("dedup", self.dedup.unwrap_or(Duration::MAX)),
+            ("dedup", self.dedup.unwrap_or(MAX_TIME)),
         ];
-        let zero = times.iter().filter(|(_, time)| time.is_zero());
-        problems.extend(zero.map(|(name, _)| format!("ingress.{name} is 0; give a time such as \"10s\"")));
-        if self.max_connections == 0 {
-            problems.push("ingress.max_connections is 0; it must be at least 1".to_owned());
+        for (name, time) in times {
+            if time.is_zero() {
+                problems.push(format!("ingress.{name} is 0; give a time such as \"10s\""));
+            } else if time > MAX_TIME {
+                let (time, max) = (humantime::format_duration(time), humantime::format_duration(MAX_TIME));
+                problems.push(format!("ingress.{name} is {time}; it must be at most {max}"));
+            }
+        }
+        if !(1..=MAX_CONNECTIONS).contains(&self.max_connections) {
+            problems.push(format!(
+                "ingress.max_connections is {}; it must be from 1 to {MAX_CONNECTIONS}",
+                self.max_connections
+            ));
         }
         problems
     }
@@ -367,5 +379,30 @@ mod tests {
             ..Config::default()
         };
         assert_eq!(config.problems().len(), 9, "{:?}", config.problems());
+    }
+
+    #[test]
+    fn limits_have_limits() {
+        let check = |config: Config, expected: &[&str]| assert_eq!(config.problems(), expected);
+        let of = |connections, time| Config {
+            max_connections: connections,
+            header_timeout: time,
+            body_timeout: time,
+            idle_timeout: time,
+            dedup: Some(time),
+            ..Config::default()
+        };
+        check(of(MAX_CONNECTIONS, MAX_TIME), &[]);
+        let long = MAX_TIME + Duration::from_nanos(1);
+        check(
+            of(MAX_CONNECTIONS + 1, long),
+            &[
+                "ingress.header_timeout is 7days 1ns; it must be at most 7days",
+                "ingress.body_timeout is 7days 1ns; it must be at most 7days",
+                "ingress.idle_timeout is 7days 1ns; it must be at most 7days",
+                "ingress.dedup is 7days 1ns; it must be at most 7days",
+                "ingress.max_connections is 1000001; it must be from 1 to 1000000",
+            ],
+        );
     }
 }

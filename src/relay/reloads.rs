@@ -3,6 +3,7 @@
 //! Everything is read and compiled before anything is changed. What can't be used changes nothing, and is logged with its
 //! place and shown by the API until it is mended.
 
+use std::path::Path;
 use std::time::SystemTime;
 
 use prometheus::IntCounterVec;
@@ -15,7 +16,7 @@ use super::{Origin, RunError};
 use crate::admin::{self, Outcome, Reload, ReloadRequest};
 use crate::config::Config;
 use crate::ingress;
-use crate::reload::Loaded;
+use crate::reload::{Loaded, Seen};
 
 /// How many operators may wait for a reload.
 const REQUESTS: usize = 16;
@@ -30,8 +31,9 @@ pub(super) struct Gates {
 /// Waits for reasons to reload, and does so.
 pub(super) struct Reloads {
     origin: Origin,
-    /// What is in force.
+    /// What is in force, and the files as they were when it was read.
     config: Config,
+    read: Seen,
     gates: Gates,
     requests: mpsc::Receiver<ReloadRequest>,
     counts: IntCounterVec,
@@ -46,7 +48,8 @@ impl Reloads {
         counts: IntCounterVec,
     ) -> (Self, mpsc::Sender<ReloadRequest>) {
         let (asked, requests) = mpsc::channel(REQUESTS);
-        (Self { origin, config, gates, requests, counts }, asked)
+        let read = origin.seen.clone();
+        (Self { origin, config, read, gates, requests, counts }, asked)
     }
 
     /// Looks after the lanes until one ends that should not have.
@@ -77,8 +80,10 @@ impl Reloads {
             Err(error) => refused(vec![error.to_string()]),
             Ok((loaded, seen)) => {
                 let same = seen.holds_same(&self.origin.seen);
+                let emptied: Vec<_> = seen.emptied(&self.read).map(emptied).collect();
                 self.origin.seen = seen;
                 match loaded {
+                    Ok(_) if !emptied.is_empty() => refused(emptied),
                     Ok(_) if same && !carriers.in_force().was_refused() => (Outcome::Unchanged, Vec::new()),
                     Ok(loaded) => match self.apply(loaded, carriers).await {
                         Ok(warnings) => (Outcome::Applied, warnings),
@@ -110,11 +115,13 @@ impl Reloads {
         let Loaded { config, rules, mut warnings, problems } = loaded;
         // What can fail comes before what changes anything.
         let plan = carriers.plan(&rules)?;
-        let (access, _) = ingress::Access::new(&config.ingress, &self.config.data_dir)?;
+        let (access, generated) = ingress::Access::new(&config.ingress, &self.config.data_dir)?;
         let operators = admin::Access::new(&config.admin)?;
         let Changes { added, changed, removed } = carriers.follow(rules, plan).await?;
         let replaced = [self.gates.ingress.replace(access), self.gates.admin.replace(operators)];
         info!(?added, ?changed, ?removed, "rules changed");
+        self.origin.note_token(generated);
+        self.read = self.origin.seen.clone();
         if config.telemetry.log != self.config.telemetry.log {
             // It parses, or the settings would not have been loaded.
             drop(self.origin.logs.set(&config.telemetry.log));
@@ -127,6 +134,11 @@ impl Reloads {
         }
         Ok(warnings)
     }
+}
+
+fn emptied(file: &Path) -> String {
+    let file = file.display();
+    format!("{file} is gone or empty, and had something in it before: write it again, or restart without it")
 }
 
 fn error_chain(error: &dyn std::error::Error) -> String {

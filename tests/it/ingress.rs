@@ -247,6 +247,27 @@ async fn too_slow_is_408() {
     );
 }
 
+/// The beginning of HTTP/2, or of another method, and then nothing.
+#[tokio::test]
+async fn half_a_preface_is_408() {
+    let relay = impatient().start().await;
+    for begin in ["P", "PRI"] {
+        let mut raw = Raw::connect(relay.address()).await;
+        raw.write(begin).await;
+        check_problem(&raw.answer().await, 408);
+    }
+}
+
+/// Balancers open connections before they need them.
+#[tokio::test]
+async fn a_connection_may_wait_for_its_first_request() {
+    let relay = impatient().env("RELAY_INGRESS__IDLE_TIMEOUT", "60s").start().await;
+    let mut raw = Raw::connect(relay.address()).await;
+    tokio::time::sleep(SHORT * 2).await;
+    raw.write(whole("{}")).await;
+    raw.answer().await.ids();
+}
+
 #[tokio::test]
 async fn too_slow_on_http2_costs_only_the_stream() {
     use futures_util::stream;

@@ -70,6 +70,51 @@ async fn a_changed_file_is_loaded_and_a_broken_one_is_not() {
     relay.stop().await;
 }
 
+/// Whoever writes a file anew may have removed it first, or emptied it: that is no reason to forget sinks and tokens.
+#[tokio::test]
+async fn files_that_are_gone_or_empty_for_a_while_are_waited_for() {
+    let one = Receiver::accepting().await;
+    let setup = Setup::new(&one.routes()).without("RELAY_INGRESS__AUTH__TOKENS");
+    let settings =
+        format!("[ingress.auth]\nheader = \"{}\"\ntokens = [{{ name = \"a\", value = \"{}\" }}]\n", TOKEN.0, TOKEN.1);
+    setup.file("relay.toml", &settings);
+    let relay = setup.start().await;
+    let (routes, file) = (setup.dir().join("routes.toml"), setup.dir().join("relay.toml"));
+
+    async fn check(relay: &Relay, name: &str) {
+        let refused = reload(relay).await;
+        assert_eq!(refused["outcome"], "refused", "{refused}");
+        let problem = refused["problems"][0].as_str().unwrap();
+        assert!(problem.contains(&format!("{name} is gone or empty")), "{refused}");
+        relay.post("{}").await.ids();
+    }
+    std::fs::remove_file(&routes).unwrap();
+    assert_eq!(reload(&relay).await["outcome"], "refused");
+    std::fs::write(&routes, "").unwrap();
+    check(&relay, "routes.toml").await;
+    std::fs::remove_file(&file).unwrap();
+    setup.file("routes.toml", &one.routes());
+    check(&relay, "relay.toml").await;
+    setup.file("relay.toml", &settings);
+    assert_eq!(reload(&relay).await["outcome"], "applied");
+    one.wait_for(2).await;
+    relay.stop().await;
+}
+
+/// A token that was made up is a secret like others.
+#[tokio::test]
+async fn a_token_file_that_changes_is_read() {
+    let one = Receiver::accepting().await;
+    let setup = Setup::new(&one.routes()).without("RELAY_INGRESS__AUTH__TOKENS");
+    let relay = setup.start().await;
+    assert_eq!(relay.post("{}").await.status, 401);
+    let before = relay.get("/api/v1/status").await["rules"].clone();
+    setup.file("data/ingress-token", TOKEN.1);
+    assert_eq!(reloaded(&relay, &before).await["last_reload"]["outcome"], "applied");
+    relay.post("{}").await.ids();
+    relay.stop().await;
+}
+
 #[tokio::test]
 async fn a_config_map_that_is_swapped_is_loaded_in_time_and_a_touched_file_is_not() {
     let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);

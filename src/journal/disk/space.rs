@@ -183,6 +183,12 @@ impl Keeper {
             };
             std::fs::remove_file(&old.path)?;
         }
+        // It may have been more before the last start.
+        while self.shared.disk_bytes() > self.shared.config.max_disk.as_u64()
+            && let Some(old) = self.take_unneeded(|_| true)
+        {
+            std::fs::remove_file(&old.path)?;
+        }
         if self.shared.spare.is_empty() {
             let spare = self.make_spare()?;
             self.shared.spare.put(spare);

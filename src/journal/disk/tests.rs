@@ -520,6 +520,23 @@ fn retention_gives_up_what_all_readers_have_passed() {
 }
 
 #[test]
+fn a_lower_limit_gives_up_what_is_too_much() {
+    let mut fixture = Fixture::new();
+    let entries: Vec<_> = (0..40_u8).map(|n| vec![vec![n; 10_000]]).collect();
+    fixture.write(&entries);
+    fixture.config.max_disk = ByteSize::b(3 * SEGMENT);
+    let (journal, _) = fixture.open();
+    let needed = journal.reader(Start::At(Position(39)));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while journal.disk_bytes() > 3 * SEGMENT {
+        assert!(Instant::now() < deadline, "{} bytes", journal.disk_bytes());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(journal.reader(Start::Earliest).position() < needed.position());
+    journal.close();
+}
+
+#[test]
 fn too_little_free_disk_refuses() {
     let mut fixture = Fixture::new();
     fixture.config.min_free_disk = ByteSize::pib(1);
