@@ -176,7 +176,7 @@ impl Parser {
                 text = rest;
             } else if let Some(field) = rest.strip_prefix('{') {
                 let Some((field, after)) = field.split_once('}') else {
-                    self.problems.push("`{` is not closed by `}`; for a literal brace write `{{`".to_owned());
+                    self.problems.push("`{` is not closed by `}`, and no `${…}` can stand between the two; for a literal brace write `{{`".to_owned());
                     return;
                 };
                 self.field(field);

@@ -139,8 +139,11 @@ fn reports_every_problem() {
          event_name, recipient_id, message_id, event_id, /json/pointer",
         ],
     );
-    check("{status", &["`{` is not closed by `}`; for a literal brace write `{{`"]);
-    check("{", &["`{` is not closed by `}`; for a literal brace write `{{`"]);
+    check(
+        "{status",
+        &["`{` is not closed by `}`, and no `${…}` can stand between the two; for a literal brace write `{{`"],
+    );
+    check("{", &["`{` is not closed by `}`, and no `${…}` can stand between the two; for a literal brace write `{{`"]);
     check("a}b", &["`}` closes nothing; for a literal brace write `}}`"]);
     check("{/a~}", &["`{/a~}`: in a JSON pointer `~` is written `~0`, and `/` in a name `~1`"]);
     check("${NONE}", &["the environment variable `NONE` is not set"]);
