@@ -65,6 +65,8 @@ pub struct Opened {
     pub ledger: Ledger,
     /// How far every lane that it knows has come.
     pub progress: HashMap<String, Progress>,
+    /// Above every position that it knows.
+    pub floor: Position,
     /// The thread that owns the file; it ends after [`Ledger::close`], or with the last handle.
     pub thread: JoinHandle<()>,
 }
@@ -140,8 +142,9 @@ impl Ledger {
         schema::prepare(&mut connection, path)?;
         parked::heal(&connection, now())?;
         let progress = load_progress(&connection)?;
+        let floor = floor(&connection, &progress)?;
         let (ledger, thread) = Self::start(connection, None)?;
-        Ok(Opened { ledger, progress, thread })
+        Ok(Opened { ledger, progress, floor, thread })
     }
 
     /// A lane's own way in.
@@ -291,6 +294,18 @@ fn load_progress(connection: &Connection) -> rusqlite::Result<HashMap<String, Pr
         Ok((row.get(0)?, Progress::decode(cursor, &ahead)))
     })?;
     rows.collect()
+}
+
+/// Above every position that the ledger knows. An event that got one of them a second time would be taken for one that was
+/// settled ahead of a cursor, or its dead letter would replace another. A parked event may be one that its lane has not read.
+fn floor(connection: &Connection, progress: &HashMap<String, Progress>) -> rusqlite::Result<Position> {
+    let kept = "SELECT max(position) FROM (SELECT max(position) AS position FROM parked
+                                           UNION ALL SELECT max(position) FROM dead_letters)";
+    let kept: Option<i64> = connection.query_row(kept, [], |row| row.get(0))?;
+    let ahead = progress.values().filter_map(|progress| progress.ahead.last()).map(|last| last.to_stored());
+    let after = ahead.chain(kept).map(|last| Position::from_stored(last.saturating_add(1)));
+    let cursors = progress.values().map(|progress| progress.cursor);
+    Ok(after.chain(cursors).max().unwrap_or(Position::ZERO))
 }
 
 /// Takes what has gathered, does it in one transaction, and answers; until it is told to end.

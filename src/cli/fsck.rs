@@ -71,9 +71,8 @@ impl Found {
             false => Report { problems: vec!["ledger.sqlite is missing".to_owned()], ..Report::default() },
         };
         let mut journal = Inspection::new(&dir.join("journal"), Position::ZERO).context("can't read the journal")?;
-        let furthest = ledger.cursors.iter().map(|(_, cursor)| *cursor).max();
         // What is missing at the end is a finding then, unless there is no journal at all.
-        journal.expect_end(furthest.unwrap_or(Position::ZERO));
+        journal.expect_end(ledger.floor);
         let (oldest, end) = (journal.oldest(), journal.end());
         let disagreement = |(lane, cursor): &(String, Position)| match cursor {
             cursor if *cursor < oldest => {

@@ -19,7 +19,7 @@ pub use config::{Config, Kind};
 pub use disk::Durability;
 
 /// Where an entry stands in the journal. Only the journal knows what is in it; others compare, store and pass it on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position(u64);
 
 impl Position {

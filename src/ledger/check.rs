@@ -30,6 +30,8 @@ pub struct Report {
     pub problems: Vec<String>,
     /// How far each lane has come.
     pub cursors: Vec<(String, Position)>,
+    /// Above every position that it knows.
+    pub floor: Position,
     /// How many deliveries are parked.
     pub parked: u64,
     /// How many dead letters there are.
@@ -77,9 +79,10 @@ fn look(connection: &Connection, is_event: impl Fn(Bytes) -> bool, report: &mut 
     let mut statement = connection.prepare(&format!("PRAGMA integrity_check({MAX_PROBLEMS})"))?;
     let answers = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?;
     report.problems.extend(answers.into_iter().filter(|answer| answer != "ok"));
-    let mut statement = connection.prepare("SELECT lane, position FROM cursors")?;
-    let cursors = statement.query_map([], |row| Ok((row.get(0)?, Position::from_stored(row.get(1)?))))?;
-    report.cursors = cursors.collect::<Result<_, _>>()?;
+    let progress = super::load_progress(connection)?;
+    report.floor = super::floor(connection, &progress)?;
+    report.cursors = progress.into_iter().map(|(lane, progress)| (lane, progress.cursor)).collect();
+    report.cursors.sort();
     for (table, count) in [("parked", &mut report.parked), ("dead_letters", &mut report.dead_letters)] {
         let mut statement = connection.prepare(&format!("SELECT id, record FROM {table} ORDER BY id"))?;
         let mut rows = statement.query([])?;

@@ -55,7 +55,7 @@ async fn due(ledger: &Ledger, now: Millis, except: &[i64]) -> (Vec<i64>, Option<
 async fn progress_and_dead_letters_survive_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ledger.sqlite");
-    let Opened { ledger, progress: found, thread } = Ledger::open(&path).unwrap();
+    let Opened { ledger, progress: found, thread, .. } = Ledger::open(&path).unwrap();
     assert!(found.is_empty());
     ledger.settle("crm", Some(progress(5, &[7, 9])), vec![dead(3, "read"), dead(4, "sent")]).await.unwrap();
     ledger.settle("ops", Some(progress(2, &[])), vec![]).await.unwrap();
@@ -69,6 +69,27 @@ async fn progress_and_dead_letters_survive_reopening() {
     let found = Ledger::open(&path).unwrap().progress;
     assert_eq!(found["crm"], progress(9, &[12, 4_000_000_000]));
     assert_eq!(found["ops"], progress(2, &[]));
+}
+
+/// Or else an event that comes after the journal has lost its end would be taken for one that is known.
+#[tokio::test]
+async fn the_floor_is_above_every_position_that_is_known() {
+    let check = async |cursor: Progress, change: Option<Change>, expected| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.sqlite");
+        let Opened { ledger, thread, floor, .. } = Ledger::open(&path).unwrap();
+        assert_eq!(floor, Position::ZERO);
+        ledger.settle("ops", Some(progress(2, &[])), Vec::new()).await.unwrap();
+        ledger.settle("crm", Some(cursor), change.into_iter().collect()).await.unwrap();
+        ledger.close();
+        thread.join().unwrap();
+        assert_eq!(check::check(&path, |_| true).unwrap().floor, at(expected));
+        assert_eq!(Ledger::open(&path).unwrap().floor, at(expected));
+    };
+    check(progress(5, &[]), None, 5).await;
+    check(progress(5, &[7, 9]), None, 10).await;
+    check(progress(5, &[7, 9]), Some(park(12, None, 0)), 13).await;
+    check(progress(5, &[7, 9]), Some(dead(20, "sent")), 21).await;
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use crate::admin::{self, Letters};
 use crate::config::Config;
 use crate::journal::disk::Journal;
 use crate::journal::disk::recovery::{Finding, Kind as Found};
-use crate::journal::{self, Health, Position, View, kafka};
+use crate::journal::{self, Health, View, kafka};
 use crate::lane::{Phase, Remains};
 use crate::ledger::{self, Ledger};
 use crate::routing::UNROUTED;
@@ -76,10 +76,9 @@ impl Opened {
         let dir = &config.data_dir;
         let lock = lock_data_dir(dir)?;
         let file = dir.join("ledger.sqlite");
-        let ledger::Opened { ledger, progress, thread } = Ledger::open(&file)?;
+        let ledger::Opened { ledger, progress, floor, thread } = Ledger::open(&file)?;
         let is_lane = |name: &str| name == UNROUTED || rules.table.sink(name).is_some();
         let of_lanes = progress.iter().filter(|(name, _)| is_lane(name)).map(|(_, progress)| progress.cursor);
-        let floor = progress.values().map(|progress| progress.cursor).max().unwrap_or(Position::ZERO);
         let needed = of_lanes.min().unwrap_or(floor);
         let (mut journal, findings) = Journal::open(
             &dir.join("journal"),
