@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::{Global, print};
 use crate::event::Event;
-use crate::journal::disk::recovery::{Finding, Inspection, Kind};
+use crate::journal::disk::OpenError;
+use crate::journal::disk::recovery::{self, Finding, Inspection, Kind, Known};
 use crate::journal::{self, Position};
 use crate::ledger::check::{self, Report};
 use crate::relay::{lock_data_dir, share_data_dir};
@@ -49,9 +50,18 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     }
     // A look changes nothing, not even the lock file.
     let _lock = if arguments.repair { lock_data_dir(&dir)? } else { share_data_dir(&dir)? };
-    let (mut found, mut done) = (Found::look(&dir)?, Vec::new());
+    let (mut found, mut done) = (Found::look(&dir), Vec::new());
+    let is_unreadable = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(OpenError::Unreadable { .. }));
+    if arguments.repair && found.as_ref().is_err_and(is_unreadable) {
+        let blanked = recovery::blank_unreadable(&dir.join("journal")).context("can't repair the journal")?;
+        done.extend(blanked.iter().map(|(file, bytes)| {
+            format!("journal: {bytes} bytes of {} that could not be read are zeros now", file.display())
+        }));
+        found = Found::look(&dir);
+    }
+    let mut found = found?;
     if arguments.repair && !found.is_clean() {
-        done = found.repair(&dir)?;
+        done.extend(found.repair(&dir)?);
         found = Found::look(&dir)?;
     }
     let clean = found.is_clean();
@@ -70,20 +80,15 @@ impl Found {
                 .context("can't copy the ledger to a temporary folder (TMPDIR)")?,
             false => Report { problems: vec!["ledger.sqlite is missing".to_owned()], ..Report::default() },
         };
-        let mut journal = Inspection::new(&dir.join("journal"), Position::ZERO).context("can't read the journal")?;
-        // What is missing at the end is a finding then, unless there is no journal at all.
-        journal.expect_end(ledger.floor);
-        let (oldest, end) = (journal.oldest(), journal.end());
-        let disagreement = |(lane, cursor): &(String, Position)| match cursor {
-            cursor if *cursor < oldest => {
-                Some(format!("{lane} has not read {} events that are no longer there", oldest.since(*cursor)))
-            }
-            cursor if *cursor > end => {
-                Some(format!("{lane} has read {} events more than there are", cursor.since(end)))
-            }
-            _ => None,
+        let needed = ledger.cursors.iter().map(|(_, cursor)| *cursor).min();
+        let known = Known { needed, floor: ledger.floor };
+        let journal = Inspection::new(&dir.join("journal"), Position::ZERO, known).context("can't read the journal")?;
+        let oldest = journal.oldest();
+        let behind = ledger.cursors.iter().filter(|(_, cursor)| *cursor < oldest);
+        let disagreement = |(lane, cursor): &(String, Position)| {
+            format!("{lane} has not read {} events that are no longer there", oldest.since(*cursor))
         };
-        let disagreements = ledger.cursors.iter().filter_map(disagreement).collect();
+        let disagreements = behind.map(disagreement).collect();
         Ok(Self { journal, ledger, disagreements })
     }
 
@@ -118,7 +123,9 @@ impl Found {
                 saved.aside.display()
             ));
         }
-        let oldest = Inspection::new(&dir.join("journal"), Position::ZERO)?.oldest();
+        // What is no longer there counts as well.
+        let known = Known { needed: None, floor: self.journal.end() };
+        let oldest = Inspection::new(&dir.join("journal"), Position::ZERO, known)?.oldest();
         check::raise_cursors(&file, oldest)?;
         Ok(done)
     }

@@ -189,6 +189,7 @@ mod tests {
     use super::*;
     use crate::document::{Document, Environment};
     use crate::journal::Start;
+    use crate::journal::disk::recovery::Known;
     use crate::journal::disk::{Journal, Metrics};
     use crate::routing::Table;
 
@@ -198,7 +199,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, quarantine) = (dir.path().join("journal"), dir.path().join("quarantine"));
         let metrics = Metrics::new(&prometheus::Registry::new()).unwrap();
-        let opened = Journal::open(&path, &quarantine, &Default::default(), Position::ZERO, Position::ZERO, metrics);
+        let opened = Journal::open(&path, &quarantine, &Default::default(), Known::default(), metrics);
         let (mut journal, _) = opened.unwrap();
         journal.start().unwrap();
         let document = Document::parse("routes.toml", "", &Environment);

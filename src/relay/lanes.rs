@@ -279,19 +279,26 @@ impl Lanes {
 
     /// Where a lane goes on, or begins.
     async fn beginning(&self, name: &str, progress: Option<Progress>, start: StartAt) -> Result<Beginning, RunError> {
-        let (reader, ahead) = match progress {
-            Some(Progress { cursor, ahead }) => (self.journal.reader(Start::At(cursor)), ahead),
-            None => {
-                let reader = self.journal.reader(match start {
-                    StartAt::End => Start::End,
-                    StartAt::Earliest => Start::Earliest,
-                });
-                // A new sink's beginning must be known before the next event comes in.
-                let progress = Progress { cursor: reader.position(), ahead: Vec::new() };
-                self.ledger.settle(name, Some(progress), Vec::new()).await?;
-                (reader, Vec::new())
-            }
+        let (cursor, mut ahead) = match progress {
+            Some(Progress { cursor, ahead }) => (Some(cursor), ahead),
+            None => (None, Vec::new()),
         };
+        let reader = self.journal.reader(match (cursor, start) {
+            (Some(cursor), _) => Start::At(cursor),
+            (None, StartAt::End) => Start::End,
+            (None, StartAt::Earliest) => Start::Earliest,
+        });
+        let at = reader.position();
+        if let Some(cursor) = cursor.filter(|cursor| *cursor != at) {
+            let (first, lost) = (cursor.to_stored(), at.since(cursor));
+            error!(sink = name, first, lost, "events that the sink had not read are gone from the journal");
+            ahead.retain(|settled| *settled >= at);
+        }
+        if cursor != Some(at) {
+            // A new sink's beginning must be known before the next event comes in; what is lost to another is told once.
+            let progress = Progress { cursor: at, ahead: ahead.clone() };
+            self.ledger.settle(name, Some(progress), Vec::new()).await?;
+        }
         let parked = self.ledger.parked_keys(name).await?;
         Ok(Beginning { reader: Reader::Disk(reader), ahead, parked })
     }

@@ -18,7 +18,7 @@ use super::metrics::Metrics;
 use crate::admin::{self, Letters};
 use crate::config::Config;
 use crate::journal::disk::Journal;
-use crate::journal::disk::recovery::{Finding, Kind as Found};
+use crate::journal::disk::recovery::{Finding, Kind as Found, Known};
 use crate::journal::{self, Health, View, kafka};
 use crate::lane::{Phase, Remains};
 use crate::ledger::{self, Ledger};
@@ -79,13 +79,12 @@ impl Opened {
         let ledger::Opened { ledger, progress, floor, thread } = Ledger::open(&file)?;
         let is_lane = |name: &str| name == UNROUTED || rules.table.sink(name).is_some();
         let of_lanes = progress.iter().filter(|(name, _)| is_lane(name)).map(|(_, progress)| progress.cursor);
-        let needed = of_lanes.min().unwrap_or(floor);
+        let known = Known { needed: of_lanes.min(), floor };
         let (mut journal, findings) = Journal::open(
             &dir.join("journal"),
             &dir.join("quarantine"),
             &config.journal.disk(),
-            needed,
-            floor,
+            known,
             metrics.journal.clone(),
         )?;
         findings.iter().for_each(report);

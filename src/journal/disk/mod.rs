@@ -48,7 +48,7 @@ pub use writer::{Append, Appender, Entries};
 
 use super::{AppendError, Health, Position, Start};
 
-use recovery::{Finding, Inspection};
+use recovery::{Finding, Inspection, Known};
 
 /// The settings.
 #[derive(Clone, Debug)]
@@ -147,8 +147,7 @@ impl Journal {
     /// Opens the journal in `dir`, repairs what a crash left, and returns what was found. Nothing is written or given
     /// up before [`Journal::start`]. The caller sees to it that no other process has `dir` open.
     ///
-    /// Entries from `needed` on are checked; `floor` is the highest position that anyone has read: none below it is
-    /// given out again, even if files were lost.
+    /// Entries that are still needed are checked; all of them where nobody is known to have begun to read.
     ///
     /// # Errors
     ///
@@ -157,24 +156,24 @@ impl Journal {
         dir: &Path,
         quarantine: &Path,
         config: &Config,
-        needed: Position,
-        floor: Position,
+        mut known: Known,
         metrics: Metrics,
     ) -> Result<(Self, Vec<Finding>), OpenError> {
         std::fs::create_dir_all(dir)?;
         segment::sync_dir(dir.parent().unwrap_or(dir))?;
-        let mut inspection = Inspection::new(dir, needed)?;
-        inspection.expect_end(floor);
+        let from = known.needed.unwrap_or(Position::ZERO);
+        let mut inspection = Inspection::new(dir, from, known)?;
         let mut findings = inspection.findings().to_vec();
         metrics.found(&findings);
         if inspection.needs_repair() {
             inspection.repair(quarantine)?;
             findings = inspection.findings().to_vec();
-            inspection = Inspection::new(dir, needed)?;
+            // What is no longer there counts as well.
+            known.floor = inspection.end();
+            inspection = Inspection::new(dir, from, known)?;
         }
         let spare = inspection.take_spare(config.segment.as_u64())?;
-        let end = inspection.end().max(floor);
-        let continuable = inspection.is_continuable() && end == inspection.end();
+        let (end, continuable) = (inspection.end(), inspection.is_continuable());
         let mut list: VecDeque<_> = inspection.segments.into_iter().map(Segment::from).collect();
         if let Some(last) = list.back_mut().filter(|_| continuable) {
             last.sealed = None;
@@ -368,6 +367,14 @@ pub enum OpenError {
     /// The file system said so.
     #[error("the journal can't be read or written")]
     Io(#[from] io::Error),
+    /// A segment can't be read, which is not the same as damage: it may be readable again.
+    #[error("{} can't be read; if its disk has lost that, `engage-relay fsck --repair` goes on without it", file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// Why, and where in it.
+        source: io::Error,
+    },
     /// A directory where a file of the journal would be.
     #[error("{} is a directory, where the journal has a file: move it elsewhere", path.display())]
     Directory {

@@ -48,11 +48,6 @@ impl Reader {
             }
             Start::End => end,
         };
-        if let Start::At(asked) = start
-            && asked < oldest
-        {
-            tracing::error!(lost = oldest.since(asked), "entries that were not read yet are gone from the journal");
-        }
         let hold = segments.next_hold;
         segments.next_hold += 1;
         segments.holds.insert(hold, next);

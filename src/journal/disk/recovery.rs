@@ -6,6 +6,7 @@
 //! | last segment: bytes that are no record, none after them | a write that a crash cut short; nothing in it was acknowledged | kept in `quarantine/`, cut off |
 //! | bytes that are no record, records after them | damage; entries are lost | kept in `quarantine/`, marked as a gap |
 //! | a segment ends before the next one begins | damage, or a file is missing | what is there is kept in `quarantine/`, marked as a gap |
+//! | the first segment begins behind what is still needed | a file is missing | those who need it begin at the first |
 //! | one of two copies of a header | damage; nothing is lost | kept in `quarantine/`, written again |
 //! | a `.seg` file without a header | damage; the whole segment is lost | moved to `quarantine/`, marked as a gap |
 //! | a name that is not ours | somebody else's file | left alone |
@@ -29,6 +30,9 @@ use super::segment::{self, Found, HEADER_BLOCK, Header, SPARE};
 use super::space::Spare;
 use super::{OpenError, Position};
 
+/// What a disk reads or does not read as a whole, in bytes.
+const BLOCK: usize = 4096;
+
 /// What a look at a journal directory gives: what is there, and what is wrong with it.
 #[derive(Debug)]
 pub struct Inspection {
@@ -37,6 +41,17 @@ pub struct Inspection {
     findings: Vec<Finding>,
     spares: Vec<PathBuf>,
     events: u64,
+    /// Sequence numbers below it were given out.
+    floor: u64,
+}
+
+/// What is known of the entries by those who read them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Known {
+    /// The lowest that is still needed; none where nobody has begun to read.
+    pub needed: Option<Position>,
+    /// Above all that anyone has seen: none below it is given out again, even if files were lost.
+    pub floor: Position,
 }
 
 /// A segment file on disk.
@@ -78,7 +93,7 @@ pub enum Kind {
     TornTail,
     /// Bytes within a segment that are no record.
     Damaged,
-    /// A segment ends before the next begins.
+    /// A segment ends before the next begins, or the first begins behind what is needed.
     Missing,
     /// One of two copies of a segment's header.
     Header,
@@ -107,20 +122,34 @@ impl Kind {
 }
 
 impl Inspection {
-    /// Looks at the journal in `dir`. Segments that hold nothing from `from` on are not read through.
+    /// Looks at the journal in `dir`, which `known` says more of. Segments that hold nothing from `from` on are not read
+    /// through.
     ///
     /// # Errors
     ///
     /// [`OpenError`] when a file can't be read or has a newer format.
-    pub fn new(dir: &Path, from: Position) -> Result<Self, OpenError> {
-        let mut found =
-            Self { dir: dir.to_owned(), segments: Vec::new(), findings: Vec::new(), spares: Vec::new(), events: 0 };
+    pub fn new(dir: &Path, from: Position, known: Known) -> Result<Self, OpenError> {
+        let mut found = Self {
+            dir: dir.to_owned(),
+            segments: Vec::new(),
+            findings: Vec::new(),
+            spares: Vec::new(),
+            events: 0,
+            floor: known.floor.0,
+        };
         let names = found.names()?;
         let firsts: Vec<u64> = names.iter().map(|(first, _)| *first).collect();
+        // A name says that there was something before it.
+        found.floor = firsts.last().copied().unwrap_or(0).max(found.floor);
+        let oldest = firsts.first().copied().unwrap_or(found.floor);
+        if let Some(needed) = known.needed.filter(|needed| needed.0 < oldest) {
+            found.note(Kind::Missing, dir.to_owned(), 0..0, Some((needed.0, oldest)));
+        }
         for (index, (first, path)) in names.into_iter().enumerate() {
             let next_first = firsts.get(index + 1).copied();
             found.look_at(path, first, next_first, from.0)?;
         }
+        found.gap_before(found.floor);
         Ok(found)
     }
 
@@ -136,12 +165,12 @@ impl Inspection {
 
     /// The position of the oldest entry.
     pub fn oldest(&self) -> Position {
-        Position(self.segments.first().map_or(0, |segment| segment.header.first))
+        Position(self.segments.first().map_or(self.floor, |segment| segment.header.first))
     }
 
     /// The position after the last entry.
     pub fn end(&self) -> Position {
-        Position(self.segments.last().map_or(0, |segment| segment.next_seq))
+        Position(self.segments.last().map_or(self.floor, |segment| segment.next_seq))
     }
 
     /// The segment files in order; notes foreign files and spares.
@@ -180,7 +209,7 @@ impl Inspection {
         let file = Arc::new(File::open(&path)?);
         let metadata = file.metadata()?;
         let size = metadata.len();
-        let header = match Header::read(&file)? {
+        let header = match Header::read(&file).map_err(|source| unreadable(&path, source))? {
             Found::Newer(version) => return Err(OpenError::NewerVersion { file: path, version }),
             Found::Whole(header) if header.first == first => header,
             Found::Half(header) if header.first == first => {
@@ -188,8 +217,10 @@ impl Inspection {
                 header
             }
             Found::Foreign | Found::Whole(_) | Found::Half(_) => {
-                self.note(Kind::Segment, path, 0..size, None);
-                self.gap_before(next_first.unwrap_or(first));
+                // Behind another segment, what is lost is a gap in that one.
+                let lost = (first, next_first.unwrap_or(self.floor));
+                let lost = Some(lost).filter(|(from, to)| self.segments.is_empty() && from < to);
+                self.note(Kind::Segment, path, 0..size, lost);
                 return Ok(());
             }
         };
@@ -198,7 +229,9 @@ impl Inspection {
         let mut segment = Segment { path, header, end: size, size, next_seq: first, ends_in_gap: false, modified };
         match next_first {
             Some(next) if next <= from => segment.next_seq = next,
-            _ => self.walk(&file, &mut segment, next_first.is_none())?,
+            _ => self
+                .walk(&file, &mut segment, next_first.is_none())
+                .map_err(|source| unreadable(&segment.path, source))?,
         }
         self.segments.push(segment);
         Ok(())
@@ -245,11 +278,6 @@ impl Inspection {
         }
     }
 
-    /// Tells the inspection that entries up to `floor` have been there, since somebody has read them.
-    pub fn expect_end(&mut self, floor: Position) {
-        self.gap_before(floor.0);
-    }
-
     /// Whether anything has to be repaired before the journal can be written on.
     pub fn needs_repair(&self) -> bool {
         self.findings.iter().any(|finding| finding.kind != Kind::Foreign)
@@ -269,11 +297,13 @@ impl Inspection {
         let mend = |finding: &Finding| match finding.kind {
             Kind::TornTail => self.cut(finding, quarantine),
             Kind::Damaged => self.mark_gap(finding, finding.bytes, quarantine),
+            // There is no file to mark it in. Who needs it is told.
+            Kind::Missing if finding.file == self.dir => Ok(None),
             Kind::Missing => self.mark_gap(finding, 0, quarantine),
             Kind::Header => self.write_header(finding, quarantine),
             Kind::Segment => {
-                let aside = quarantine.join(finding.file.file_name().unwrap_or_default());
                 fs::create_dir_all(quarantine)?;
+                let aside = vacant(quarantine, &finding.file.file_name().unwrap_or_default().to_string_lossy());
                 fs::rename(&finding.file, &aside)?;
                 segment::sync_dir(quarantine)?;
                 Ok(Some(aside))
@@ -345,6 +375,10 @@ impl Inspection {
     }
 }
 
+fn unreadable(file: &Path, source: io::Error) -> OpenError {
+    OpenError::Unreadable { file: file.to_owned(), source }
+}
+
 /// How many of the finding's bytes are more than untouched zeros.
 fn written_len(file: &File, finding: &Finding) -> io::Result<u64> {
     let mut bytes = vec![0; usize::try_from(finding.bytes).map_err(io::Error::other)?];
@@ -361,10 +395,51 @@ fn keep(finding: &Finding, len: u64, quarantine: &Path) -> io::Result<Option<Pat
     let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
     File::open(&finding.file)?.read_exact_at(&mut bytes, finding.offset)?;
     let stem = finding.file.file_stem().unwrap_or_default().to_string_lossy();
-    let path = quarantine.join(format!("{stem}-{}-{}.bin", finding.offset, finding.kind.as_str()));
-    let mut copy = File::create(&path)?;
+    let path = vacant(quarantine, &format!("{stem}-{}-{}.bin", finding.offset, finding.kind.as_str()));
+    let mut copy = File::create_new(&path)?;
     copy.write_all(&bytes)?;
     copy.sync_all()?;
     segment::sync_dir(quarantine)?;
     Ok(Some(path))
+}
+
+/// A name in the quarantine that no file has: the same place may be damaged again, and what was kept before stays.
+fn vacant(quarantine: &Path, name: &str) -> PathBuf {
+    let (mut path, mut number) = (quarantine.join(name), 0);
+    while path.exists() {
+        number += 1;
+        path = quarantine.join(format!("{name}.{number}"));
+    }
+    path
+}
+
+/// Writes zeros over the blocks of segments that the disk can't read, which are damage then like any other; how many
+/// bytes, by file.
+///
+/// # Errors
+///
+/// They can't be written either.
+pub fn blank_unreadable(dir: &Path) -> io::Result<Vec<(PathBuf, u64)>> {
+    let mut blanked = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if segment::first_in_name(&path).is_none() {
+            continue;
+        }
+        let (file, mut blank) = (segment::open(&path)?, 0);
+        let size = file.metadata()?.len();
+        for offset in (0..size).step_by(BLOCK) {
+            let mut block = vec![0; usize::try_from(size - offset).map_or(BLOCK, |left| left.min(BLOCK))];
+            if file.read_exact_at(&mut block, offset).is_err() {
+                block.fill(0);
+                file.write_all_at(&block, offset)?;
+                blank += block.len() as u64;
+            }
+        }
+        if blank > 0 {
+            file.sync_all()?;
+            blanked.push((path, blank));
+        }
+    }
+    Ok(blanked)
 }

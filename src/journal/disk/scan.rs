@@ -172,7 +172,8 @@ fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
             Ok(0) => break,
             Ok(len) => read += len,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+            // Whoever has to look at the disk wants to know where.
+            Err(e) => return Err(io::Error::new(e.kind(), format!("at offset {}: {e}", offset + read as u64))),
         }
     }
     Ok(read)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytesize::ByteSize;
 use proptest::prelude::*;
 
-use super::recovery::{Finding, Inspection, Kind};
+use super::recovery::{Finding, Inspection, Kind, Known};
 use super::segment::HEADER_BLOCK;
 use super::*;
 
@@ -44,18 +44,11 @@ impl Fixture {
     }
 
     fn open(&self) -> (Journal, Vec<Finding>) {
-        self.open_from(Position::ZERO)
+        self.open_knowing(Known::default())
     }
 
-    fn open_from(&self, floor: Position) -> (Journal, Vec<Finding>) {
-        let opened = Journal::open(
-            &self.journal_dir(),
-            &self.quarantine(),
-            &self.config,
-            Position::ZERO,
-            floor,
-            Metrics::unseen(),
-        );
+    fn open_knowing(&self, known: Known) -> (Journal, Vec<Finding>) {
+        let opened = Journal::open(&self.journal_dir(), &self.quarantine(), &self.config, known, Metrics::unseen());
         let (mut journal, findings) = opened.unwrap();
         journal.start().unwrap();
         (journal, findings)
@@ -169,7 +162,7 @@ fn positions_are_not_given_twice_even_if_files_are_lost() {
     let fixture = Fixture::new();
     fixture.write(&entries(0..10));
     fixture.segments().iter().for_each(|path| fs::remove_file(path).unwrap());
-    let (journal, _) = fixture.open_from(Position(10));
+    let (journal, _) = fixture.open_knowing(Known { needed: None, floor: Position(10) });
     append(&journal.appender(), &[b"next".to_vec()]).unwrap();
     assert_eq!(journal.end(), Position(11));
     journal.close();
@@ -181,7 +174,7 @@ fn positions_are_not_given_twice_even_if_files_are_lost() {
 fn a_floor_above_the_end_is_a_gap_that_is_reported_once() {
     let fixture = Fixture::new();
     fixture.write(&entries(0..3));
-    let (journal, findings) = fixture.open_from(Position(8));
+    let (journal, findings) = fixture.open_knowing(Known { needed: None, floor: Position(8) });
     assert_eq!(kinds(&findings), [Kind::Missing]);
     assert_eq!(findings[0].lost, Some((Position(3), Position(8))));
     append(&journal.appender(), &[b"next".to_vec()]).unwrap();
@@ -300,6 +293,16 @@ fn torn_and_damaged_bytes_are_kept_in_quarantine() {
     assert_eq!(findings[0].lost, Some((Position(1), Position(2))));
     assert_eq!(fs::read(findings[0].kept.as_ref().unwrap()).unwrap(), kept);
 
+    // The same place again: what was kept stays.
+    OpenOptions::new().write(true).open(&path).unwrap().write_all_at(b"YYYY", ends[0] + 4).unwrap();
+    let (_, findings) = fixture.read();
+    let again = findings[0].kept.as_ref().unwrap();
+    assert_eq!(again.file_name().unwrap().to_str().unwrap(), format!("00000000000000000000-{}-damaged.bin.1", ends[0]));
+    assert_eq!(
+        fs::read(fixture.quarantine().join(format!("00000000000000000000-{}-damaged.bin", ends[0]))).unwrap(),
+        kept
+    );
+
     // A header too, though nothing is lost with it.
     OpenOptions::new().write(true).open(&path).unwrap().write_all_at(b"XXXX", 8).unwrap();
     let before = fs::read(&path).unwrap();
@@ -325,6 +328,67 @@ fn a_missing_segment_and_a_destroyed_one_are_gaps() {
     assert_eq!(read.into_keys().collect::<Vec<_>>(), without(firsts[1], firsts[2]));
     let (read, findings) = damaged(&original, |copy| fs::remove_file(&copy.segments()[0]).unwrap());
     assert_eq!((findings, read.into_keys().collect::<Vec<_>>()), (vec![], without(0, firsts[1])));
+}
+
+/// Files that were given up are gone, too: only what somebody needs is missing.
+#[test]
+fn what_is_missing_at_the_beginning_is_a_finding_if_somebody_needs_it() {
+    let original = Fixture::new();
+    original.write(&(0..20_usize).map(|n| vec![vec![n as u8; 10_000]]).collect::<Vec<_>>());
+    let firsts: Vec<_> = original.segments().iter().filter_map(|path| segment::first_in_name(path)).collect();
+    let (second, third) = (firsts[1], firsts[2]);
+    let remove = |path: &PathBuf| fs::remove_file(path).unwrap();
+    let destroy = |path: &PathBuf| fs::write(path, b"not a segment").unwrap();
+    let check =
+        |damage: &dyn Fn(&[PathBuf]), needed: Option<u64>, floor: u64, expected: &[(Kind, Option<(u64, u64)>)]| {
+            let copy = Fixture::new();
+            fs::create_dir_all(copy.journal_dir()).unwrap();
+            for path in original.segments() {
+                fs::copy(&path, copy.journal_dir().join(path.file_name().unwrap())).unwrap();
+            }
+            damage(&copy.segments());
+            let known = Known { needed: needed.map(Position), floor: Position(floor) };
+            let (journal, findings) = copy.open_knowing(known);
+            let lost = |finding: &Finding| (finding.kind, finding.lost.map(|(from, to)| (from.0, to.0)));
+            assert_eq!(findings.iter().map(lost).collect::<Vec<_>>(), expected, "{known:?}");
+            append(&journal.appender(), &[b"next".to_vec()]).unwrap();
+            let all = read_all(&mut journal.reader(Start::Earliest));
+            assert!(all.into_keys().last() >= Some(Position(floor)), "no position is given twice");
+            journal.close();
+        };
+    let first = |files: &[PathBuf]| remove(&files[0]);
+    check(&first, None, 0, &[]);
+    check(&first, Some(second), 20, &[]);
+    check(&first, Some(2), 20, &[(Kind::Missing, Some((2, second)))]);
+    let all = |files: &[PathBuf]| files.iter().for_each(remove);
+    check(&all, Some(2), 20, &[(Kind::Missing, Some((2, 20)))]);
+    check(&all, Some(20), 20, &[]);
+    // The name of a destroyed one still says where it began.
+    let destroyed = (Kind::Segment, Some((0, second)));
+    check(&|files| destroy(&files[0]), Some(2), 20, &[destroyed]);
+    check(
+        &|files| files[..2].iter().for_each(destroy),
+        Some(2),
+        20,
+        &[destroyed, (Kind::Segment, Some((second, third)))],
+    );
+    let rest = |files: &[PathBuf]| {
+        files[1..].iter().for_each(remove);
+        destroy(&files[0]);
+    };
+    check(&rest, Some(2), 20, &[(Kind::Segment, Some((0, 20)))]);
+    check(&rest, Some(0), 0, &[(Kind::Segment, None)]);
+    let only_second = |files: &[PathBuf]| {
+        [0, 2, 3].iter().for_each(|index| remove(&files[*index]));
+        destroy(&files[1]);
+    };
+    let missing = (Kind::Missing, Some((2, second)));
+    check(&only_second, Some(2), 20, &[missing, (Kind::Segment, Some((second, 20)))]);
+    check(&only_second, Some(2), 3, &[missing, (Kind::Segment, None)]);
+    // In the middle it is one gap, in the segment before.
+    let destroyed = (Kind::Segment, None);
+    let gap = (Kind::Missing, Some((second, firsts[3])));
+    check(&|files| files[1..3].iter().for_each(destroy), Some(2), 20, &[destroyed, destroyed, gap]);
 }
 
 #[test]
@@ -357,8 +421,7 @@ fn foreign_files_are_left_alone_and_newer_formats_refused() {
             &fixture.journal_dir(),
             &fixture.quarantine(),
             &fixture.config,
-            Position::ZERO,
-            Position::ZERO,
+            Known::default(),
             Metrics::unseen(),
         )
         .map(drop)
@@ -548,7 +611,7 @@ fn too_little_free_disk_refuses() {
 }
 
 fn read_all_closed(fixture: &Fixture) -> usize {
-    let inspection = Inspection::new(&fixture.journal_dir(), Position::ZERO).unwrap();
+    let inspection = Inspection::new(&fixture.journal_dir(), Position::ZERO, Known::default()).unwrap();
     inspection.segments.len()
 }
 
