@@ -383,6 +383,9 @@ pub enum LedgerError {
         /// Its version.
         version: i64,
     },
+    /// It can't be read where it is, and not be copied either.
+    #[error("the ledger can't be copied to a temporary folder (TMPDIR)")]
+    Copy(#[source] io::Error),
     /// A file could not be moved to where it belongs.
     #[error("files of the ledger can't be moved")]
     Move(#[source] io::Error),

@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use rusqlite::types::Value;
-use rusqlite::{Connection, OpenFlags, params_from_iter};
+use rusqlite::{Connection, OpenFlags, Row, Statement, params_from_iter};
 use tempfile::TempDir;
 use url::Url;
 
 use super::{LedgerError, schema};
 use crate::journal::Position;
 
-/// Tables, and whether their rows have a number that says in which order they were written.
-const TABLES: [(&str, bool); 3] = [("cursors", false), ("parked", true), ("dead_letters", true)];
+/// Rows behind damage are reached from the other end.
+const BOTH_WAYS: [&str; 2] = ["ORDER BY id", "ORDER BY id DESC"];
 /// How many problems SQLite is asked for.
 const MAX_PROBLEMS: usize = 20;
 const READ_ONLY: OpenFlags = OpenFlags::SQLITE_OPEN_READ_ONLY.union(OpenFlags::SQLITE_OPEN_NO_MUTEX);
@@ -26,8 +26,10 @@ const COPY: &str = "ledger.sqlite";
 /// What a ledger holds, and what is wrong with it.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Each a sentence.
+    /// Damage, each a sentence.
     pub problems: Vec<String>,
+    /// Events that can't be read, each a sentence.
+    pub unreadable: Vec<String>,
     /// How far each lane has come.
     pub cursors: Vec<(String, Position)>,
     /// Above every position that it knows.
@@ -43,12 +45,28 @@ pub struct Report {
 pub struct Salvaged {
     /// Whether the cursors were; without them every sink begins again at the oldest event that is kept.
     pub cursors: bool,
-    /// How many parked deliveries.
-    pub parked: u64,
-    /// How many dead letters.
-    pub dead_letters: u64,
+    /// Parked deliveries.
+    pub parked: Saved,
+    /// Dead letters.
+    pub dead_letters: Saved,
     /// Where the damaged file is now.
     pub aside: PathBuf,
+}
+
+/// How many rows of a table were saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// So many.
+    pub rows: u64,
+    /// Of so many, where that is known.
+    pub of: Option<u64>,
+}
+
+impl Saved {
+    /// Whether nothing is lost.
+    pub fn is_all(self) -> bool {
+        self.of == Some(self.rows)
+    }
 }
 
 /// Looks at a ledger, and changes nothing: it may lie where nothing can be written. `is_event` says whether a stored event
@@ -56,26 +74,19 @@ pub struct Salvaged {
 ///
 /// # Errors
 ///
-/// What SQLite has not finished takes a copy of the ledger to be read, in the folder for temporary files; it can't be made.
-pub fn check(path: &Path, is_event: impl Fn(Bytes) -> bool) -> io::Result<Report> {
+/// [`LedgerError`]: a newer version wrote it; or it takes a copy to be read, which can't be made. Damage is no error.
+pub fn check(path: &Path, is_event: impl Fn(Bytes) -> bool) -> Result<Report, LedgerError> {
     let mut report = Report::default();
-    let copy = copy_unfinished(path)?;
-    let opened = match &copy {
-        Some(copy) => read_only(&copy.path().join(COPY)),
-        None => unchanging(path),
-    };
-    if let Err(error) = opened.and_then(|connection| look(&connection, is_event, &mut report)) {
-        report.problems.push(error.to_string());
+    let looked = open(path).and_then(|(connection, _copy)| Ok(look(&connection, is_event, &mut report)?));
+    match looked {
+        Ok(()) => {}
+        Err(LedgerError::Open(error)) => report.problems.push(error.to_string()),
+        Err(error) => return Err(error),
     }
     Ok(report)
 }
 
 fn look(connection: &Connection, is_event: impl Fn(Bytes) -> bool, report: &mut Report) -> rusqlite::Result<()> {
-    let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if version != schema::VERSION {
-        report.problems.push(format!("schema version {version}, where this engage-relay has {}", schema::VERSION));
-        return Ok(());
-    }
     let mut statement = connection.prepare(&format!("PRAGMA integrity_check({MAX_PROBLEMS})"))?;
     let answers = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?;
     report.problems.extend(answers.into_iter().filter(|answer| answer != "ok"));
@@ -83,24 +94,37 @@ fn look(connection: &Connection, is_event: impl Fn(Bytes) -> bool, report: &mut 
     report.floor = super::floor(connection, &progress)?;
     report.cursors = progress.into_iter().map(|(lane, progress)| (lane, progress.cursor)).collect();
     report.cursors.sort();
-    for (table, count) in [("parked", &mut report.parked), ("dead_letters", &mut report.dead_letters)] {
-        let mut statement = connection.prepare(&format!("SELECT id, record FROM {table} ORDER BY id"))?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            *count += 1;
-            let (id, record): (i64, Vec<u8>) = (row.get(0)?, row.get(1)?);
-            // Some are dead letters because they can't be read.
-            let unreadable = "SELECT 1 FROM dead_letters WHERE id = ?1 AND reason = 'unreadable'";
-            let is_known = table == "dead_letters" && connection.prepare_cached(unreadable)?.exists([id])?;
-            if !is_known && !is_event(record.into()) {
-                report.problems.push(format!("row {id} of {table} holds no event that can be read"));
-            }
-        }
-    }
+    report.parked = count(connection, "parked")?;
+    report.dead_letters = count(connection, "dead_letters")?;
+    let sentence = |(table, id)| format!("row {id} of {table} holds no event that can be read");
+    report.unreadable = unreadable(connection, is_event)?.into_iter().map(sentence).collect();
     Ok(())
 }
 
-/// Makes a new ledger of what can be read of a damaged one, which is moved to `quarantine`.
+/// SQLite counts by an index where there is one, so that this is known even where the rows themselves can't be read.
+fn count(connection: &Connection, table: &str) -> rusqlite::Result<u64> {
+    let count = |row: &Row<'_>| row.get(0).map(i64::unsigned_abs);
+    connection.query_row(&format!("SELECT count(*) FROM {table}"), [], count)
+}
+
+/// Rows whose events can't be read: the table and the number. Some are dead letters for that.
+fn unreadable(connection: &Connection, is_event: impl Fn(Bytes) -> bool) -> rusqlite::Result<Vec<(&'static str, i64)>> {
+    let mut found = Vec::new();
+    for (table, condition) in [("parked", "true"), ("dead_letters", "reason <> 'unreadable'")] {
+        let sql = format!("SELECT id, record FROM {table} WHERE {condition} ORDER BY id");
+        let mut statement = connection.prepare(&sql)?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            if !is_event(row.get::<_, Vec<u8>>(1)?.into()) {
+                found.push((table, row.get(0)?));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Makes a new ledger of what can be read of a damaged one, which is moved to `quarantine`. Where parked deliveries are lost,
+/// the cursors that have passed them are not kept.
 ///
 /// # Errors
 ///
@@ -116,21 +140,20 @@ pub fn salvage(path: &Path, quarantine: &Path) -> Result<Salvaged, LedgerError> 
     schema::prepare(&mut new, &fresh)?;
     if let Ok(old) = read_only(path) {
         let transaction = new.transaction()?;
-        for (table, has_id) in TABLES {
-            let (count, complete) = copy(&old, &transaction, table, has_id)?;
-            match table {
-                // With only some of them, lanes would be taken for new ones, and begin at the end.
-                "cursors" if complete => salvaged.cursors = count > 0,
-                "cursors" => drop(transaction.execute("DELETE FROM cursors", [])?),
-                "parked" => salvaged.parked = count,
-                _ => salvaged.dead_letters = count,
-            }
+        let cursors = copy(&old, &transaction, "cursors", &[""])?;
+        salvaged.parked = copy(&old, &transaction, "parked", &BOTH_WAYS)?;
+        salvaged.dead_letters = copy(&old, &transaction, "dead_letters", &BOTH_WAYS)?;
+        // With only some of them, lanes would be taken for new ones, and begin at the end.
+        salvaged.cursors = cursors.is_all() && cursors.rows > 0 && salvaged.parked.is_all();
+        if !salvaged.cursors {
+            transaction.execute("DELETE FROM cursors", [])?;
         }
         transaction.commit()?;
     }
     new.close().map_err(|(_, error)| error)?;
     fs::create_dir_all(quarantine).map_err(LedgerError::Move)?;
-    salvaged.aside = quarantine.join(format!("ledger.sqlite.{}", super::now()));
+    let mut names = (super::now()..).map(|time| quarantine.join(format!("ledger.sqlite.{time}")));
+    salvaged.aside = names.find(|name| !name.exists()).unwrap_or_default();
     for ending in ["", "-wal", "-shm"] {
         let beside = with_ending(path, ending);
         if beside.exists() {
@@ -143,15 +166,53 @@ pub fn salvage(path: &Path, quarantine: &Path) -> Result<Salvaged, LedgerError> 
     Ok(salvaged)
 }
 
-/// Moves cursors that are behind the oldest event to it: what they have not read is gone.
+/// Makes dead letters of events that can't be read, as a lane would; how many there were.
 ///
 /// # Errors
 ///
-/// [`LedgerError`].
-pub fn raise_cursors(path: &Path, oldest: Position) -> Result<(), LedgerError> {
-    let connection = Connection::open(path)?;
+/// [`LedgerError`]: nothing has changed.
+pub fn bury_unreadable(path: &Path, is_event: impl Fn(Bytes) -> bool) -> Result<usize, LedgerError> {
+    let mut connection = writable(path)?;
+    let transaction = connection.transaction()?;
+    let rows = unreadable(&transaction, is_event)?;
+    for (table, id) in &rows {
+        if *table == "parked" {
+            transaction.execute(
+                "INSERT OR REPLACE INTO dead_letters
+                 (lane, position, event_id, status, key, route, reason, error_kind, error, attempts, first_failed_at, died_at, record)
+                 SELECT lane, position, event_id, status, key, route, 'unreadable', 'decode', 'the stored event can''t be read',
+                        attempts, first_failed_at, ?2, record
+                 FROM parked WHERE id = ?1",
+                [*id, super::now()],
+            )?;
+            // Whatever waits behind it is given a time when the ledger is opened.
+            transaction.execute("DELETE FROM parked WHERE id = ?1", [id])?;
+        } else {
+            transaction.execute("UPDATE dead_letters SET reason = 'unreadable' WHERE id = ?1", [id])?;
+        }
+    }
+    transaction.commit()?;
+    Ok(rows.len())
+}
+
+/// Moves cursors that are behind the oldest event to it: what they have not read is gone. Which, and from where.
+///
+/// # Errors
+///
+/// [`LedgerError`]: nothing has changed.
+pub fn raise_cursors(path: &Path, oldest: Position) -> Result<Vec<(String, Position)>, LedgerError> {
+    let connection = writable(path)?;
+    let mut behind = connection.prepare("SELECT lane, position FROM cursors WHERE position < ?1 ORDER BY lane")?;
+    let cursor = |row: &Row<'_>| Ok((row.get(0)?, Position::from_stored(row.get(1)?)));
+    let raised = behind.query_map([oldest.to_stored()], cursor)?.collect::<Result<_, _>>()?;
     connection.execute("UPDATE cursors SET position = ?1, ahead = x'' WHERE position < ?1", [oldest.to_stored()])?;
-    Ok(())
+    Ok(raised)
+}
+
+fn writable(path: &Path) -> Result<Connection, LedgerError> {
+    let mut connection = Connection::open(path)?;
+    schema::prepare(&mut connection, path)?;
+    Ok(connection)
 }
 
 /// SQLite may make files beside it even so.
@@ -167,20 +228,31 @@ fn unchanging(path: &Path) -> rusqlite::Result<Connection> {
     Connection::open_with_flags(url.as_str(), READ_ONLY | OpenFlags::SQLITE_OPEN_URI)
 }
 
-/// A copy of a ledger that was not closed: what was written last is in a file beside it, and SQLite reads that only where it
-/// can write.
-fn copy_unfinished(path: &Path) -> io::Result<Option<TempDir>> {
+/// The ledger with today's tables. What was written last may be in a file beside it, which SQLite reads only where it can
+/// write, and the tables may be an older version's: both take a copy, which is gone with its folder.
+fn open(path: &Path) -> Result<(Connection, Option<TempDir>), LedgerError> {
     let has_content = |ending: &&str| fs::metadata(with_ending(path, ending)).is_ok_and(|file| file.len() > 0);
     let unfinished: Vec<_> = ["-wal", "-journal"].into_iter().filter(has_content).collect();
     if unfinished.is_empty() {
-        return Ok(None);
+        let connection = unchanging(path)?;
+        if schema::steps_left(&connection, path)?.is_empty() {
+            return Ok((connection, None));
+        }
     }
+    let dir = copy_files(path, &unfinished).map_err(LedgerError::Copy)?;
+    let mut connection = Connection::open(dir.path().join(COPY))?;
+    schema::prepare(&mut connection, path)?;
+    Ok((connection, Some(dir)))
+}
+
+fn copy_files(path: &Path, unfinished: &[&str]) -> io::Result<TempDir> {
     // Only its owner may look into it: there are phone numbers in events.
     let dir = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o700)).tempdir()?;
-    for ending in [""].into_iter().chain(unfinished) {
-        fs::copy(with_ending(path, ending), with_ending(&dir.path().join(COPY), ending))?;
+    for ending in [""].iter().chain(unfinished) {
+        let mut copy = File::create_new(with_ending(&dir.path().join(COPY), ending))?;
+        io::copy(&mut File::open(with_ending(path, ending))?, &mut copy)?;
     }
-    Ok(Some(dir))
+    Ok(dir)
 }
 
 fn with_ending(path: &Path, ending: &str) -> PathBuf {
@@ -189,39 +261,44 @@ fn with_ending(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// Copies the rows that can be read, from the front and, behind damage, from the back; how many, and whether all were.
-fn copy(old: &Connection, new: &Connection, table: &str, has_id: bool) -> rusqlite::Result<(u64, bool)> {
-    let mut columns = new.prepare(&format!("SELECT name FROM pragma_table_info('{table}')"))?;
-    let columns: Vec<String> = columns.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+/// Copies the rows that can be read, in each order until one gets to the end.
+fn copy(old: &Connection, new: &Connection, table: &str, orders: &[&str]) -> rusqlite::Result<Saved> {
+    let columns = columns(old, table).unwrap_or_default();
+    if columns.is_empty() {
+        return Ok(Saved::default());
+    }
     let (names, places) = (columns.join(", "), vec!["?"; columns.len()].join(", "));
     let mut insert = new.prepare(&format!("INSERT OR IGNORE INTO {table} ({names}) VALUES ({places})"))?;
-    let (mut count, mut complete) = (0, false);
-    let orders: &[&str] = if has_id { &["ORDER BY id", "ORDER BY id DESC"] } else { &[""] };
+    let (mut rows, mut complete) = (0, false);
     for order in orders {
-        let mut read = || -> rusqlite::Result<Vec<Vec<Value>>> {
-            let mut found = Vec::new();
-            let mut statement = old.prepare(&format!("SELECT {names} FROM {table} {order}"))?;
-            let mut rows = statement.query([])?;
-            loop {
-                match rows.next() {
-                    Ok(Some(row)) => {
-                        found.push((0..columns.len()).map(|column| row.get(column)).collect::<Result<_, _>>()?)
-                    }
-                    Ok(None) => {
-                        complete = true;
-                        return Ok(found);
-                    }
-                    Err(_) => return Ok(found),
-                }
-            }
-        };
         // What can't even be asked for has no rows.
-        for row in read().unwrap_or_default() {
-            count += insert.execute(params_from_iter(row))? as u64;
-        }
-        if complete {
-            break;
+        if !complete && let Ok(mut read) = old.prepare(&format!("SELECT {names} FROM {table} {order}")) {
+            complete = copy_rows(&mut read, &mut insert, &mut rows)?;
         }
     }
-    Ok((count, complete))
+    let counted = count(old, table).ok().filter(|counted| *counted > rows);
+    Ok(Saved { rows, of: counted.or(complete.then_some(rows)) })
+}
+
+/// Those that the table has there: an older version's has fewer.
+fn columns(connection: &Connection, table: &str) -> rusqlite::Result<Vec<String>> {
+    let mut names = connection.prepare(&format!("SELECT name FROM pragma_table_info('{table}')"))?;
+    names.query_map([], |row| row.get(0))?.collect()
+}
+
+/// Copies until there are no more rows, or the next can't be read; whether all were.
+fn copy_rows(read: &mut Statement<'_>, insert: &mut Statement<'_>, copied: &mut u64) -> rusqlite::Result<bool> {
+    let (columns, mut complete) = (read.column_count(), true);
+    let mut rows = read.query([])?;
+    loop {
+        let row = match rows.next() {
+            Ok(Some(row)) => row,
+            Ok(None) => return Ok(complete),
+            Err(_) => return Ok(false),
+        };
+        match (0..columns).map(|column| row.get(column)).collect::<Result<Vec<Value>, _>>() {
+            Ok(values) => *copied += insert.execute(params_from_iter(values))? as u64,
+            Err(_) => complete = false,
+        }
+    }
 }

@@ -8,7 +8,7 @@ use super::LedgerError;
 
 /// The steps from an empty file to today's schema; `user_version` says how many were taken. A step is never changed once
 /// it was released.
-const STEPS: [&str; 2] = [
+pub(super) const STEPS: [&str; 2] = [
     "
     CREATE TABLE cursors (
         lane TEXT PRIMARY KEY,
@@ -77,14 +77,17 @@ const STEPS: [&str; 2] = [
 /// The schema that this version writes.
 pub(super) const VERSION: i64 = STEPS.len() as i64;
 
+/// The steps that a file has still to take.
+pub(super) fn steps_left(connection: &Connection, path: &Path) -> Result<&'static [&'static str], LedgerError> {
+    let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let taken = usize::try_from(version).unwrap_or(usize::MAX);
+    STEPS.get(taken..).ok_or_else(|| LedgerError::NewerVersion { file: path.to_owned(), version })
+}
+
 /// Brings the file to today's schema. Writes nothing if it is there already: it has to open on a full disk too.
 pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), LedgerError> {
     let transaction = connection.transaction()?;
-    let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    let taken = usize::try_from(version).unwrap_or(usize::MAX);
-    let Some(steps) = STEPS.get(taken..) else {
-        return Err(LedgerError::NewerVersion { file: path.to_owned(), version });
-    };
+    let steps = steps_left(&transaction, path)?;
     if !steps.is_empty() {
         steps.iter().try_for_each(|step| transaction.execute_batch(step))?;
         transaction.pragma_update(None, "user_version", VERSION)?;

@@ -1,4 +1,5 @@
 use std::collections::HashSet;
+use std::os::unix::fs::FileExt as _;
 
 use bytes::Bytes;
 
@@ -137,6 +138,106 @@ async fn dead_letters_are_exhumed_in_order() {
     assert_eq!(letters.count(&gone).unwrap().0, 2);
 }
 
+/// Overwrites the page of the file that holds `text`.
+fn damage_page_with(path: &Path, text: &str) {
+    let bytes = std::fs::read(path).unwrap();
+    let at = bytes.windows(text.len()).position(|found| found == text.as_bytes()).unwrap();
+    damage_page(path, at / PAGE);
+}
+
+fn damage_root(path: &Path, name: &str) {
+    let sql = "SELECT rootpage FROM sqlite_schema WHERE name = ?1";
+    let root: i64 = Connection::open(path).unwrap().query_row(sql, [name], |row| row.get(0)).unwrap();
+    damage_page(path, usize::try_from(root).unwrap() - 1);
+}
+
+const PAGE: usize = 4096;
+
+fn damage_page(path: &Path, page: usize) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&[0xA5; PAGE], (page * PAGE) as u64).unwrap();
+}
+
+/// A delivery that was parked is lost with its row, unless the journal is read again from before it.
+#[tokio::test]
+async fn cursors_are_kept_only_if_all_that_they_have_passed_is_saved() {
+    const ROWS: i64 = 120;
+    let check = async |what: &str, damage: fn(&Path), cursors, parked: bool, dead_letters: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.sqlite");
+        let Opened { ledger, thread, .. } = Ledger::open(&path).unwrap();
+        let changes = (0..ROWS).flat_map(|at| [park(at, Some("k"), 10), dead(1000 + at, "sent")]).collect();
+        ledger.settle("crm", Some(progress(2000, &[])), changes).await.unwrap();
+        ledger.close();
+        thread.join().unwrap();
+        damage(&path);
+        assert!(!check::check(&path, |_| true).unwrap().problems.is_empty(), "{what}");
+        let saved = check::salvage(&path, &dir.path().join("quarantine")).unwrap();
+        let all = (saved.cursors, saved.parked.is_all(), saved.dead_letters.is_all());
+        assert_eq!(all, (cursors, parked, dead_letters), "{what}: {saved:?}");
+        for table in [saved.parked, saved.dead_letters] {
+            assert_eq!(table.of, Some(ROWS as u64), "{what}: an index says how many there were");
+        }
+        let report = check::check(&path, |_| true).unwrap();
+        assert_eq!(
+            (report.problems, report.parked, report.dead_letters),
+            (vec![], saved.parked.rows, saved.dead_letters.rows)
+        );
+        assert_eq!(Ledger::open(&path).unwrap().progress.len(), usize::from(cursors), "{what}");
+    };
+    check("all parked rows", |path| damage_root(path, "parked"), false, false, true).await;
+    check("some parked rows", |path| damage_page_with(path, "evt_60"), false, false, true).await;
+    check("only the index of parked rows", |path| damage_root(path, "parked_by_key"), true, true, true).await;
+    check("some dead letters", |path| damage_page_with(path, "evt_1060"), true, true, false).await;
+    check("the cursors", |path| damage_root(path, "cursors"), false, true, true).await;
+}
+
+#[tokio::test]
+async fn events_that_cannot_be_read_become_dead_letters() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.sqlite");
+    let Opened { ledger, thread, .. } = Ledger::open(&path).unwrap();
+    let changes = vec![park(1, Some("k"), 10), park(2, Some("k"), 10), dead(3, "sent"), dead(4, "sent")];
+    ledger.settle("crm", Some(progress(5, &[])), changes).await.unwrap();
+    ledger.close();
+    thread.join().unwrap();
+    let set = "UPDATE parked SET record = x'626164' WHERE position = 1; UPDATE dead_letters SET record = x'626164' WHERE position = 3";
+    Connection::open(&path).unwrap().execute_batch(set).unwrap();
+    let is_event = |record: Bytes| record != "bad";
+    let report = check::check(&path, is_event).unwrap();
+    let row = |table| format!("row 1 of {table} holds no event that can be read");
+    assert_eq!((report.problems, report.unreadable), (vec![], vec![row("parked"), row("dead_letters")]));
+    assert_eq!(check::bury_unreadable(&path, is_event).unwrap(), 2);
+    let report = check::check(&path, is_event).unwrap();
+    assert_eq!((report.unreadable, report.parked, report.dead_letters), (vec![], 1, 3));
+    let Opened { ledger, .. } = Ledger::open(&path).unwrap();
+    assert_eq!(due(&ledger, now(), &[]).await.0, [2], "what waited behind it may go");
+}
+
+#[test]
+fn the_ledger_of_an_older_version_is_as_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.sqlite");
+    let older = Connection::open(&path).unwrap();
+    older.execute_batch(schema::STEPS[0]).unwrap();
+    older.pragma_update(None, "user_version", 1).unwrap();
+    let rows = "INSERT INTO cursors VALUES ('crm', 5, 0);
+                INSERT INTO dead_letters VALUES (7, 'crm', 9, 'evt_9', 'all', 'rejected', 'http_400', 'bad', 1, 0, x'00')";
+    older.execute_batch(rows).unwrap();
+    drop(older);
+    let before = std::fs::read(&path).unwrap();
+    let check = || {
+        let report = check::check(&path, |_| true).unwrap();
+        assert_eq!(report.problems, Vec::<String>::new());
+        assert_eq!((report.cursors, report.floor, report.dead_letters), (vec![("crm".to_owned(), at(5))], at(10), 1));
+    };
+    check();
+    assert_eq!(std::fs::read(&path).unwrap(), before, "looking changes nothing");
+    assert_eq!(check::raise_cursors(&path, at(3)).unwrap(), []);
+    check();
+    assert_eq!(Ledger::open(&path).unwrap().progress["crm"], progress(5, &[]));
+}
+
 #[test]
 fn a_newer_schema_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -144,4 +245,5 @@ fn a_newer_schema_is_refused() {
     drop(Ledger::open(&path).unwrap());
     Connection::open(&path).unwrap().pragma_update(None, "user_version", schema::VERSION + 1).unwrap();
     assert!(matches!(Ledger::open(&path), Err(LedgerError::NewerVersion { version: 3, .. })));
+    assert!(matches!(check::check(&path, |_| true), Err(LedgerError::NewerVersion { version: 3, .. })));
 }
