@@ -29,7 +29,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, Transaction};
+use rusqlite::{Connection, ErrorCode, Transaction};
 use tokio::sync::oneshot;
 
 pub use account::Account;
@@ -337,7 +337,12 @@ fn transact(
     if requests.is_empty() {
         return Ok(());
     }
-    let failed = |error: rusqlite::Error| error.to_string();
+    let failed = |error: rusqlite::Error| {
+        if let Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) = error.sqlite_error_code() {
+            tracing::error!(%error, "the ledger is damaged: stop the relay and run `engage-relay fsck --repair`");
+        }
+        error.to_string()
+    };
     if let Some(commit) = commit {
         commit.begin();
     }
