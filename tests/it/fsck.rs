@@ -3,12 +3,16 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
+use rusqlite::Connection;
 use serde_json::{Value, json};
 
 use crate::brokers::receiver;
-use crate::harness::{Reply, Setup, event};
+use crate::harness::{Reply, Setup, event, eventually};
 
 /// Where the first record of a segment is, in bytes.
 const FIRST_RECORD: u16 = 4096;
@@ -171,6 +175,170 @@ async fn damage_to_the_ledger_is_found_and_what_is_left_is_saved() {
     })
     .await;
     assert_eq!(before["ledger"]["problems"], json!(["ledger.sqlite is missing"]));
+
+    let (before, _) = fsck(|setup| {
+        fs::write(setup.dir().join("data/ledger.sqlite"), "").expect("it can be emptied");
+    })
+    .await;
+    assert_eq!(before["ledger"]["problems"], json!(["ledger.sqlite is empty"]));
+}
+
+/// Overwrites the first page of a table of a stopped relay's ledger.
+fn damage_table(setup: &Setup, table: &str) {
+    let ledger = setup.dir().join("data/ledger.sqlite");
+    let sql = "SELECT 4096 * (rootpage - 1) FROM sqlite_schema WHERE name = ?1";
+    let connection = Connection::open(&ledger).expect("a ledger");
+    let offset: u32 = connection.query_row(sql, [table], |row| row.get(0)).expect("a table");
+    drop(connection);
+    write(&ledger, offset.into(), &[0xA5; 4096]);
+}
+
+async fn fsck_json(setup: &Setup, arguments: &[&str]) -> (Option<i32>, Value) {
+    let done = setup.run(&[&["fsck", "--json"], arguments].concat(), "").await;
+    let report = serde_json::from_str(&done.stdout);
+    (done.code, report.unwrap_or_else(|error| panic!("{error}: {done:?}")))
+}
+
+#[tokio::test]
+async fn what_was_parked_is_delivered_although_the_table_is_damaged() {
+    const EVENTS: u32 = 50;
+    let up = Arc::new(AtomicBool::new(false));
+    let is_up = Arc::clone(&up);
+    let (server, inbox) = receiver(move |_| Reply::Status(if is_up.load(Ordering::SeqCst) { 200 } else { 503 })).await;
+    let delivery = "delivery = { backoff = { initial = \"1h\", max = \"1h\" }, breaker = { failures = 1000 } }";
+    let setup = Setup::new(&server.routes().replace("timeout = \"2s\"", delivery));
+    let relay = setup.start().await;
+    let mut posted = Vec::new();
+    for number in 0..EVENTS {
+        posted.extend(relay.post(event(number, "sent")).await.ids());
+    }
+    relay.sink_is("http", "everything to be parked", |sink| sink["parked"] == EVENTS).await;
+    relay.stop().await;
+    damage_table(&setup, "parked");
+    let (code, report) = fsck_json(&setup, &["--repair"]).await;
+    assert_eq!((code, &report["ok"], &report["ledger"]["cursors"]), (Some(0), &json!(true), &json!({})), "{report}");
+    let lost = "ledger: 50 of the parked deliveries; those that the journal still keeps are delivered again";
+    assert_eq!(report["lost"], json!([lost]));
+    up.store(true, Ordering::SeqCst);
+    let relay = setup.start().await;
+    inbox.wait_for_ids("HTTP", posted).await;
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn a_damaged_page_of_dead_letters_is_noticed_when_one_is_written() {
+    let setup = Setup::new("").env("RELAY_SHUTDOWN__GRACE", "1s");
+    let relay = setup.start().await;
+    relay.post(event(0, "sent")).await;
+    relay.status_is("a dead letter", |status| status["dead_letters"]["unrouted"] == 1).await;
+    relay.stop().await;
+    damage_table(&setup, "dead_letters");
+    let relay = setup.start().await;
+    let accepted = relay.post(event(1, "sent")).await;
+    assert_eq!(accepted.status, 200, "{accepted:?}");
+    let message = "the ledger is damaged: stop the relay and run `engage-relay fsck --repair`";
+    eventually("an ERROR", async || relay.logged(message).iter().any(|line| line["level"] == "ERROR")).await;
+    relay.stop().await;
+    let (code, report) = fsck_json(&setup, &["--repair"]).await;
+    let lost = "ledger: 1 of the dead letters; `engage-relay replay` sends again what the journal still keeps";
+    assert_eq!((code, &report["lost"]), (Some(0), &json!([lost])), "{report}");
+    let relay = setup.start().await;
+    relay.status_is("the other to be written", |status| status["dead_letters"]["unrouted"] == 1).await;
+    relay.stop().await;
+}
+
+/// A relay was stopped before its sink has read anything, and `damage` is done to its journal.
+async fn unread(damage: impl Fn(&[PathBuf])) -> Setup {
+    let (server, _) = receiver(|_| Reply::Status(200)).await;
+    let setup = Setup::new(&server.routes()).env("RELAY_JOURNAL__SEGMENT", "64KiB");
+    let relay = setup.start().await;
+    assert_eq!(relay.command(&["pause", "http"]).await.code, Some(0));
+    for number in 0..300 {
+        relay.post(event(number, "sent")).await;
+    }
+    relay.stop().await;
+    damage(&segments(&setup));
+    setup
+}
+
+#[tokio::test]
+async fn events_that_are_missing_at_the_beginning_are_told_once() {
+    let first = |files: &[PathBuf]| fs::remove_file(&files[0]).expect("it goes");
+    let all = |files: &[PathBuf]| files.iter().for_each(|file| fs::remove_file(file).expect("it goes"));
+    for damage in [&first as &dyn Fn(&[PathBuf]), &all] {
+        let setup = unread(damage).await;
+        let (code, found) = fsck_json(&setup, &[]).await;
+        assert_eq!((code, kinds(&found)), (Some(1), vec!["missing"]), "{found}");
+        let gone = lost(&found);
+        assert_eq!(found["journal"]["oldest"], gone, "{found}");
+        let relay = setup.start().await;
+        let logged = relay.logged("events are lost from the journal");
+        assert_eq!((&logged[0]["first"], &logged[0]["lost"]), (&json!(0), &json!(gone)), "{logged:?}");
+        let of_sink = relay.logged("events that the sink had not read are gone from the journal");
+        assert_eq!((of_sink.len(), &of_sink[0]["sink"], &of_sink[0]["lost"]), (1, &json!("http"), &json!(gone)));
+        relay.stop().await;
+        assert_eq!(fsck_json(&setup, &[]).await.0, Some(0));
+
+        let setup = unread(damage).await;
+        // Without any file it is known only how far others have read, which need not be the end.
+        let gone = lost(&fsck_json(&setup, &[]).await.1);
+        let (code, repaired) = fsck_json(&setup, &["--repair"]).await;
+        let said = format!("journal: {gone} events from position 0");
+        assert_eq!((code, &repaired["ok"], &repaired["lost"]), (Some(0), &json!(true), &json!([said])), "{repaired}");
+        let sink = format!(
+            "ledger: http begins at the oldest event that is kept; it had not read {gone} events from position 0"
+        );
+        assert_eq!(repaired["repaired"], json!(["journal: 1 repaired", sink]));
+        let relay = setup.start().await;
+        assert_eq!(relay.logged("events are lost from the journal"), Vec::<Value>::new());
+        relay.stop().await;
+    }
+}
+
+/// The disk answers with errors, from the first record on: as far as strace can make it.
+#[tokio::test]
+async fn a_file_that_the_disk_cannot_read_is_named() {
+    let works = Command::new("strace").args(["-qq", "-o", "/dev/null", "-e", "trace=pread64", "true"]).output();
+    if !works.is_ok_and(|done| done.status.success()) {
+        return eprintln!("SKIPPED a_file_that_the_disk_cannot_read_is_named: there is no strace on this machine");
+    }
+    let setup = unread(|_| {}).await;
+    let (first, name) = (segments(&setup).remove(0), "data/journal/00000000000000000000.seg");
+    let failing = |when: &str| {
+        let inject = format!("inject=pread64:error=EIO:when={when}");
+        let path = first.to_string_lossy();
+        let strace =
+            ["strace", "-D", "-f", "-qq", "-o", "strace.log", "-P", &path, "-e", "trace=pread64", "-e", &inject];
+        setup.clone().wrapped(strace)
+    };
+    for command in [&["run"][..], &["fsck"]] {
+        let done = failing("3+").run(command, "").await;
+        let expected = format!(
+            "{name} can't be read; if its disk has lost that, `engage-relay fsck --repair` goes on without it: at offset 4096"
+        );
+        assert!(done.code == Some(1) && done.stderr.contains(&expected), "{done:?}");
+    }
+    // Looking fails, and of the blocks the second, with the first records.
+    let (code, repaired) = fsck_json(&failing("3..5+2"), &["--repair"]).await;
+    assert_eq!((code, &repaired["ok"]), (Some(0), &json!(true)), "{repaired}");
+    let blank = format!("journal: 4096 bytes of {name} that could not be read are zeros now");
+    assert_eq!(repaired["repaired"][0], json!(blank));
+    assert!(repaired["lost"][0].as_str().is_some_and(|lost| lost.ends_with("from position 0")), "{repaired}");
+    assert!(repaired["journal"]["events"].as_u64() > Some(280), "{repaired}");
+}
+
+#[tokio::test]
+async fn the_ledger_of_a_newer_version_is_refused() {
+    let setup = Setup::new("");
+    setup.start().await.stop().await;
+    let ledger = setup.dir().join("data/ledger.sqlite");
+    Connection::open(&ledger).and_then(|ledger| ledger.pragma_update(None, "user_version", 99)).expect("a ledger");
+    let before = fs::read(&ledger).expect("a ledger");
+    for command in [&["run"][..], &["fsck"], &["fsck", "--repair"]] {
+        let done = setup.run(command, "").await;
+        assert!(done.code == Some(1) && done.stderr.contains("run the newer one"), "{done:?}");
+    }
+    assert_eq!(fs::read(&ledger).expect("a ledger"), before);
 }
 
 #[tokio::test]
