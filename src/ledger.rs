@@ -18,7 +18,7 @@ mod parked;
 mod schema;
 pub mod shared;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -162,7 +162,8 @@ impl Ledger {
         Ok((Self { requests }, thread))
     }
 
-    /// Writes a lane's progress, together with what it passes, or changes alone. Durable on return.
+    /// Writes a lane's progress, together with what it passes, or changes alone; which dead letters were exhumed: others
+    /// were gone by then. Durable on return.
     ///
     /// # Errors
     ///
@@ -172,7 +173,7 @@ impl Ledger {
         lane: &str,
         progress: Option<Progress>,
         changes: Vec<Change>,
-    ) -> Result<(), LedgerError> {
+    ) -> Result<HashSet<i64>, LedgerError> {
         let lane = lane.to_owned();
         self.run(move |books| changes::settle(books, &lane, progress.as_ref(), &changes, now())).await
     }
@@ -184,10 +185,10 @@ impl Ledger {
         held: Arc<AtomicBool>,
         progress: Progress,
         changes: Vec<Change>,
-    ) -> Result<(), LedgerError> {
+    ) -> Result<HashSet<i64>, LedgerError> {
         let settle = move |books: &mut Books<'_>| match held.load(Ordering::Acquire) {
             true => changes::settle(books, &lane, Some(&progress), &changes, now()),
-            false => Ok(()),
+            false => Ok(HashSet::new()),
         };
         self.run(settle).await
     }

@@ -234,8 +234,10 @@ pub(super) async fn replay(
             sink => format!("the sink {sink:?} is no longer in the rules; say to which other it is to go"),
         }));
     }
-    batch.send(&operated).await?;
-    Ok(Json(Done::one(id, 1)))
+    match batch.send(&operated).await? {
+        0 => Err(gone(id)),
+        done => Ok(Json(Done::one(id, done))),
+    }
 }
 
 /// Tries dead letters again, by filter. One request takes up to `limit` of them; to take all, repeat it with `after` and
@@ -261,19 +263,18 @@ pub(super) async fn replay_all(
     let chunk = rate.map_or(CHUNK, |rate| (rate as usize / PACES).clamp(1, CHUNK));
     let mut rest = Rest::new(&operated, selection).await?;
     let mut done = Done { done: 0, skipped: 0, last: None, remaining: 0, up_to: rest.up_to };
-    let mut turn = Instant::now();
-    while let letters = rest.next(&operated, chunk.min(limit - done.seen())).await?
+    let (mut turn, mut left) = (Instant::now(), limit);
+    while let letters = rest.next(&operated, chunk.min(left)).await?
         && !letters.is_empty()
     {
         sleep_until(turn).await;
         if let Some(rate) = rate {
             turn = turn.max(Instant::now()) + Duration::from_secs(letters.len() as u64) / rate;
         }
-        let count = letters.len() as u64;
+        left -= letters.len();
         let batch = Batch::new(&operated, letters, to.as_deref())?;
         done.skipped += batch.skipped;
-        done.done += count - batch.skipped;
-        batch.send(&operated).await?;
+        done.done += batch.send(&operated).await?;
     }
     (done.last, done.remaining) = rest.left(&operated).await?;
     Ok(Json(done))
@@ -300,7 +301,11 @@ pub(super) async fn discard_all(
 
 async fn one(operated: &Operated, id: i64) -> Result<Letter, Problem> {
     let letter = operated.letters(move |letters| letters.get(id)).await?;
-    letter.ok_or_else(|| Problem::not_found(format!("there is no dead letter {id}; it may be replayed or discarded")))
+    letter.ok_or_else(|| gone(id))
+}
+
+fn gone(id: i64) -> Problem {
+    Problem::not_found(format!("there is no dead letter {id}; it may be replayed or discarded"))
 }
 
 /// Dead letters, a few at a time, by number.
@@ -384,21 +389,22 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Gives them to their lanes. A letter that goes to several sinks is gone when the last has it.
-    async fn send(self, operated: &Operated) -> Result<(), Problem> {
+    /// Gives them to their lanes; how many there still were. A letter that goes to several sinks is gone when the last has it.
+    async fn send(self, operated: &Operated) -> Result<u64, Problem> {
         for (sink, Load { events, .. }) in &self.lanes {
             if !events.is_empty() {
                 operated.letters.resend(sink, &operated.lane(sink)?, events.clone()).await?;
             }
         }
+        let mut sent = 0;
         for (sink, Load { letters, .. }) in self.lanes {
             if !letters.is_empty() {
                 let lane = operated.lane(&sink)?;
                 operated.letters.has_room(&lane).await?;
-                operated.letters.exhume(&sink, &lane, letters).await?;
+                sent += operated.letters.exhume(&sink, &lane, letters).await? as u64;
             }
         }
-        Ok(())
+        Ok(sent)
     }
 }
 
@@ -440,10 +446,6 @@ impl ReplayLetters {
 impl Done {
     fn one(id: i64, done: u64) -> Self {
         Self { done, skipped: 0, last: Some(id), remaining: 0, up_to: id }
-    }
-
-    fn seen(&self) -> usize {
-        usize::try_from(self.done + self.skipped).unwrap_or(usize::MAX)
     }
 }
 

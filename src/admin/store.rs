@@ -50,7 +50,7 @@ impl Letters {
     pub(super) async fn discard(&self, ids: Vec<i64>) -> Result<usize, Problem> {
         Ok(match self {
             Self::Own { ledger, .. } => ledger.discard(ids).await?,
-            Self::Shared { letters, .. } => letters.discard(ids).await?,
+            Self::Shared { letters, .. } => letters.turn().await.discard(ids).await?,
         })
     }
 
@@ -80,18 +80,23 @@ impl Letters {
         Ok(())
     }
 
-    /// Sends dead letters to a sink again, which they are no more then. Durable on return.
-    pub(super) async fn exhume(&self, sink: &str, lane: &Controls, letters: Vec<(i64, Bytes)>) -> Result<(), Problem> {
-        match self {
+    /// Sends dead letters to a sink again, which they are no more then; how many there were. Durable on return.
+    pub(super) async fn exhume(
+        &self,
+        sink: &str,
+        lane: &Controls,
+        letters: Vec<(i64, Bytes)>,
+    ) -> Result<usize, Problem> {
+        Ok(match self {
             Self::Own { .. } => lane.exhume(letters).await?,
             Self::Shared { letters: copy, appender } => {
-                let (ids, records) = letters.into_iter().unzip();
+                let turn = copy.turn().await;
+                let (ids, records) = turn.still_there(letters)?.into_iter().unzip();
                 // In this order: a crash in between sends them twice, and loses none.
                 appender.send_to(sink, records).await?;
-                copy.discard(ids).await?;
+                turn.discard(ids).await?
             }
-        }
-        Ok(())
+        })
     }
 }
 

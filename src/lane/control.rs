@@ -1,6 +1,6 @@
 //! How operators reach a running lane: what it is doing, pausing it, and giving it deliveries again.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::config::{Config, OrderBy};
 use super::delivery::{self, Delivery};
 use super::metrics::{Meters, Metrics};
+use super::order::Key;
 use super::source::Found;
 use super::{Course, Lane};
 use crate::event::{Event, EventId};
@@ -167,8 +168,12 @@ impl Hold {
     }
 }
 
-/// Who waits for changes to be written.
-pub(super) type Written = Vec<oneshot::Sender<()>>;
+/// What an operator has given to the lane, and waits for to be written.
+pub(super) struct Taken {
+    /// Dead letters that are to be exhumed. They are counted as parked when they are: they may be gone by then.
+    letters: Vec<(i64, Option<Key>)>,
+    written: oneshot::Sender<usize>,
+}
 
 pub(super) enum Command {
     Pause(bool),
@@ -181,7 +186,8 @@ pub(super) enum Command {
     /// Puts deliveries back to where they are tried.
     Take {
         changes: Vec<Change>,
-        written: oneshot::Sender<()>,
+        /// How many dead letters there were among them.
+        written: oneshot::Sender<usize>,
     },
 }
 
@@ -257,13 +263,13 @@ impl Control {
         Ok(())
     }
 
-    /// Tries dead letters again, of whichever sink; each is given by its number and its event as it was stored. Durable
-    /// on return. A letter that is gone by then is left out.
+    /// Tries dead letters again, of whichever sink; each is given by its number and its event as it was stored. How many
+    /// there were: one that is gone by then is left out. Durable on return.
     ///
     /// # Errors
     ///
     /// [`Stopped`]: none of them, or all.
-    pub async fn exhume(&self, letters: Vec<(i64, Bytes)>) -> Result<(), Stopped> {
+    pub async fn exhume(&self, letters: Vec<(i64, Bytes)>) -> Result<usize, Stopped> {
         let due_at = ledger::now();
         let exhume = |(id, record)| {
             let event = Event::decode(record).ok();
@@ -280,10 +286,11 @@ impl Control {
     pub async fn replay(&self, events: Vec<(Position, Event)>) -> Result<(), Stopped> {
         let now = ledger::now();
         let park = |(position, event): (_, Event)| delivery::replayed(self.order_by, position, &event, now);
-        self.take(events.into_iter().map(park).collect()).await
+        self.take(events.into_iter().map(park).collect()).await.map(drop)
     }
 
-    async fn take(&self, changes: Vec<Change>) -> Result<(), Stopped> {
+    /// Gives changes to the lane; how many dead letters were exhumed by them.
+    async fn take(&self, changes: Vec<Change>) -> Result<usize, Stopped> {
         let (answer, written) = oneshot::channel();
         self.send(Command::Take { changes, written: answer }).await?;
         written.await.map_err(|_| Stopped)
@@ -309,21 +316,34 @@ impl Lane {
                 self.source.follow(course);
             }
             Command::Take { changes, written } => {
+                let mut letters = Vec::new();
+                let key = |key: &Option<String>| key.as_deref().map(|value| self.order.key(value));
                 for change in &changes {
-                    let key = match change {
-                        Change::Exhume { key, .. } => key.as_deref(),
-                        Change::Park(parked) => parked.key.as_deref(),
-                        Change::Postpone { .. } | Change::Unpark { .. } | Change::Bury(_) | Change::Hasten { .. } => {
-                            continue;
-                        }
-                    };
-                    self.parking.add(key.map(|value| self.order.key(value)), 1);
+                    match change {
+                        Change::Exhume { id, key: value, .. } => letters.push((*id, key(value))),
+                        Change::Park(parked) => self.parking.add(key(&parked.key), 1),
+                        Change::Postpone { .. } | Change::Unpark { .. } | Change::Bury(_) | Change::Hasten { .. } => {}
+                    }
                 }
                 self.changes.extend(changes);
-                self.written.push(written);
+                self.taken.push(Taken { letters, written });
                 self.unwritten = true;
                 self.settle_due = true;
             }
+        }
+    }
+
+    /// What operators had given is written, and these dead letters were still there.
+    pub(super) fn answer_taken(&mut self, taken: Vec<Taken>, mut exhumed: HashSet<i64>) {
+        for Taken { letters, written } in taken {
+            let mut count = 0;
+            // Whoever came first has them.
+            for (_, key) in letters.into_iter().filter(|(id, _)| exhumed.remove(id)) {
+                self.parking.add(key, 1);
+                count += 1;
+            }
+            // Whoever asked and has gone away does not need the answer.
+            written.send(count).unwrap_or(());
         }
     }
 

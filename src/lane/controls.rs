@@ -111,12 +111,12 @@ impl Controls {
         self.only()?.has_room().await
     }
 
-    /// Tries dead letters again; see [`Control::exhume`].
+    /// Tries dead letters again; how many there were. See [`Control::exhume`].
     ///
     /// # Errors
     ///
     /// [`Stopped`]: none of them, or all.
-    pub async fn exhume(&self, letters: Vec<(i64, Bytes)>) -> Result<(), Stopped> {
+    pub async fn exhume(&self, letters: Vec<(i64, Bytes)>) -> Result<usize, Stopped> {
         self.only()?.exhume(letters).await
     }
 

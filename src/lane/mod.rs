@@ -61,7 +61,7 @@ use crate::journal::{Position, ReadError, Reader};
 use crate::ledger::{self, Account, Change, Millis, ParkedRow};
 use crate::sink::{Attempt, DeliveryError, Sink};
 use breaker::Breaker;
-use control::{Hold, Written};
+use control::{Hold, Taken};
 use course::Route;
 use delivery::{Delivery, Place};
 use order::Order;
@@ -147,9 +147,9 @@ pub struct Lane {
     /// What outlives the lane when its sink's settings change.
     kept: Kept,
     hold: Hold,
-    /// What is to be written with the progress, in order, and who wants to know.
+    /// What is to be written with the progress, in order, and who waits for that.
     changes: Vec<Change>,
-    written: Written,
+    taken: Vec<Taken>,
     settle_due: bool,
     unwritten: bool,
     /// The cursor that was written last.
@@ -205,7 +205,7 @@ impl Lane {
             kept,
             hold: Hold::No,
             changes: Vec::new(),
-            written: Vec::new(),
+            taken: Vec::new(),
             settle_due: false,
             unwritten: false,
             released: at,

@@ -1,11 +1,12 @@
 //! What a lane asks of its ledger: to write what is settled, and for parked deliveries that are due.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use futures_util::future::BoxFuture;
 use tracing::warn;
 
-use super::control::Written;
+use super::control::Taken;
 use super::{CLOCK_MARGIN, FETCH, Lane, MAX_CHANGES, STORAGE_PAUSE};
 use crate::journal::Position;
 use crate::ledger::{self, Change, Due, LedgerError, Millis, Progress, Wanted};
@@ -15,7 +16,13 @@ pub(super) type Storing = BoxFuture<'static, Stored>;
 
 /// What the ledger has done.
 pub(super) enum Stored {
-    Settled { cursor: Position, changes: Vec<Change>, written: Written, result: Result<(), LedgerError> },
+    /// With the dead letters that were exhumed.
+    Settled {
+        cursor: Position,
+        changes: Vec<Change>,
+        taken: Vec<Taken>,
+        result: Result<HashSet<i64>, LedgerError>,
+    },
     Fetched(Result<Due, LedgerError>),
 }
 
@@ -50,14 +57,14 @@ impl Lane {
         self.unwritten = false;
         let account = self.account.clone();
         let progress = Progress { cursor: self.window.cursor(), ahead: self.window.ahead() };
-        let (changes, written) = (std::mem::take(&mut self.changes), std::mem::take(&mut self.written));
+        let (changes, taken) = (std::mem::take(&mut self.changes), std::mem::take(&mut self.taken));
         Box::pin(async move {
             let cursor = progress.cursor;
             let result = account.settle(progress, changes.clone()).await;
             if result.is_err() {
                 tokio::time::sleep(STORAGE_PAUSE).await;
             }
-            Stored::Settled { cursor, changes, written, result }
+            Stored::Settled { cursor, changes, taken, result }
         })
     }
 
@@ -81,17 +88,16 @@ impl Lane {
     pub(super) fn stored(&mut self, stored: Stored) {
         let now = Instant::now();
         match stored {
-            Stored::Settled { cursor, changes, written, result: Ok(()) } => {
+            Stored::Settled { cursor, changes, taken, result: Ok(exhumed) } => {
                 self.released = cursor;
                 self.source.release(cursor);
                 self.parking.written(&changes, now);
-                // Whoever asked and has gone away does not need the answer.
-                written.into_iter().for_each(|written| written.send(()).unwrap_or(()));
+                self.answer_taken(taken, exhumed);
             }
-            Stored::Settled { mut changes, mut written, result: Err(error), .. } => {
+            Stored::Settled { mut changes, mut taken, result: Err(error), .. } => {
                 changes.append(&mut self.changes);
-                written.append(&mut self.written);
-                (self.changes, self.written) = (changes, written);
+                taken.append(&mut self.taken);
+                (self.changes, self.taken) = (changes, taken);
                 self.unwritten = true;
                 warn!(sink = %self.name, %error, "what is settled can't be written; after a crash deliveries would be repeated");
             }

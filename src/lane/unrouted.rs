@@ -132,7 +132,7 @@ impl Unrouted {
     async fn write(&mut self) {
         let progress = Progress { cursor: self.read_to, ahead: Vec::new() };
         let pause = match self.account.settle(progress, self.letters.clone()).await {
-            Ok(()) => {
+            Ok(_) => {
                 self.letters.clear();
                 self.written = self.read_to;
                 self.source.release(self.written);

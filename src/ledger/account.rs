@@ -1,5 +1,6 @@
 //! A lane's own way into the ledger.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -27,12 +28,13 @@ impl Account {
         Self { lease: Some(lease), ..Self::of_one(ledger, lane) }
     }
 
-    /// Writes the lane's progress, together with what it passes. Durable on return.
+    /// Writes the lane's progress, together with what it passes; which dead letters were exhumed: others were gone by then.
+    /// Durable on return.
     ///
     /// # Errors
     ///
     /// [`LedgerError`]: it can be tried again.
-    pub async fn settle(&self, progress: Progress, changes: Vec<Change>) -> Result<(), LedgerError> {
+    pub async fn settle(&self, progress: Progress, changes: Vec<Change>) -> Result<HashSet<i64>, LedgerError> {
         let (lane, held) = (Arc::clone(&self.lane), Arc::clone(&self.held));
         self.ledger.settle_held(lane, held, progress, changes).await
     }

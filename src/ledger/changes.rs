@@ -1,5 +1,7 @@
 //! What a lane settles, as SQL.
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
@@ -42,7 +44,7 @@ pub enum Change {
     },
     /// A delivery will not be tried again.
     Bury(Box<DeadLetter>),
-    /// A dead letter, of whichever lane, is to be tried again by this one.
+    /// A dead letter, of whichever lane, is to be tried again by this one, if it is still there.
     Exhume {
         /// Its row.
         id: i64,
@@ -146,18 +148,19 @@ impl Progress {
     }
 }
 
-/// Writes a lane's progress, and what it passes.
+/// Writes a lane's progress, and what it passes; which dead letters were exhumed.
 pub(super) fn settle(
     books: &mut Books<'_>,
     lane: &str,
     progress: Option<&Progress>,
     changes: &[Change],
     now: Millis,
-) -> rusqlite::Result<()> {
+) -> rusqlite::Result<HashSet<i64>> {
+    let mut exhumed = HashSet::new();
     for change in changes {
-        apply(books, lane, change, now)?;
+        exhumed.extend(apply(books, lane, change, now)?);
     }
-    let Some(progress) = progress else { return Ok(()) };
+    let Some(progress) = progress else { return Ok(exhumed) };
     let mut upsert = books.transaction.prepare_cached(
         "INSERT INTO cursors (lane, position, ahead, updated_at) VALUES (?1, ?2, ?3, ?4)
          ON CONFLICT (lane) DO UPDATE SET position = excluded.position, ahead = excluded.ahead, updated_at = excluded.updated_at",
@@ -166,10 +169,11 @@ pub(super) fn settle(
     if let Some(written) = &mut books.written {
         written.push(Written::Progress { lane: lane.to_owned(), progress: progress.clone() });
     }
-    Ok(())
+    Ok(exhumed)
 }
 
-fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rusqlite::Result<()> {
+/// Makes one change; the number of the dead letter that was exhumed, if one was.
+fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rusqlite::Result<Option<i64>> {
     let transaction = &books.transaction;
     match change {
         Change::Park(parked) => {
@@ -178,7 +182,6 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
                 let (lane, position) = (lane.to_owned(), parked.position);
                 written.push(Written::Parked { lane, position, parked: Some(parked.clone()) });
             }
-            Ok(())
         }
         Change::Postpone { id, attempts, first_failed_at, due_at, error_kind, error } => {
             let mut update = transaction.prepare_cached(
@@ -191,41 +194,41 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
                 let (lane, position) = (lane.to_owned(), parked.position);
                 written.push(Written::Parked { lane, position, parked: Some(Box::new(parked)) });
             }
-            Ok(())
         }
         Change::Unpark { id } => {
             let position = unpark(transaction, *id, now)?;
             if let (Some(written), Some(position)) = (&mut books.written, position) {
                 written.push(Written::Parked { lane: lane.to_owned(), position, parked: None });
             }
-            Ok(())
         }
         Change::Bury(letter) => match &mut books.written {
             Some(written) => {
                 written.push(Written::Dead { lane: lane.to_owned(), letter: letter.clone(), died_at: now });
-                Ok(())
             }
-            None => bury(transaction, None, lane, letter, now),
+            None => bury(transaction, None, lane, letter, now)?,
         },
-        Change::Exhume { id, key, due_at } => exhume(transaction, lane, *id, key.as_deref(), *due_at),
+        Change::Exhume { id, key, due_at } => {
+            return Ok(exhume(transaction, lane, *id, key.as_deref(), *due_at)?.then_some(*id));
+        }
         // Who takes a lane over knows the times that were written before: they wait at most that long.
         Change::Hasten { since, due_at } => {
             let mut update = transaction.prepare_cached(
                 "UPDATE parked SET due_at = ?3 WHERE lane = ?1 AND due_at > ?3 AND first_failed_at >= ?2",
             )?;
             update.execute(params![lane, since, due_at])?;
-            Ok(())
         }
     }
+    Ok(None)
 }
 
+/// Parks a dead letter again; whether it was still there.
 fn exhume(
     transaction: &Transaction<'_>,
     lane: &str,
     id: i64,
     key: Option<&str>,
     due_at: Millis,
-) -> rusqlite::Result<()> {
+) -> rusqlite::Result<bool> {
     let mut insert = transaction.prepare_cached(
         "INSERT INTO parked (lane, key, position, event_id, status, route, attempts, since, first_failed_at, due_at, error_kind, error, record)
          SELECT ?2, ?3, position, event_id, status, route, 0, ?4, NULL,
@@ -234,8 +237,7 @@ fn exhume(
          FROM dead_letters WHERE id = ?1",
     )?;
     insert.execute(params![id, lane, key, due_at])?;
-    transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?.execute([id])?;
-    Ok(())
+    Ok(transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?.execute([id])? > 0)
 }
 
 /// Puts what another process has parked where this one looks for it.

@@ -127,7 +127,9 @@ async fn dead_letters_are_exhumed_in_order() {
     let Opened { ledger, .. } = Ledger::open(&path).unwrap();
     ledger.settle("old", None, vec![dead(1, "sent"), dead(2, "read"), dead(3, "read")]).await.unwrap();
     let exhume = |id| Change::Exhume { id, key: Some("k".into()), due_at: 5 };
-    ledger.settle("crm", None, vec![exhume(1), exhume(2), exhume(99)]).await.unwrap();
+    let exhumed = ledger.settle("crm", None, vec![exhume(1), exhume(99), exhume(1), exhume(2)]).await.unwrap();
+    assert_eq!(exhumed, HashSet::from([1, 2]), "others were gone");
+    assert_eq!(ledger.settle("ops", None, vec![exhume(2)]).await.unwrap(), HashSet::new());
     assert_eq!(due(&ledger, 5, &[]).await.0, [1, 2]);
     let letters = Letters::open(&path).unwrap();
     assert_eq!(letters.counts().unwrap(), HashMap::from([("old".to_owned(), 1)]));

@@ -124,6 +124,44 @@ async fn every_dead_letter_says_why_and_can_be_replayed_or_discarded() {
     relay.stop().await;
 }
 
+/// What several requests want to replay or discard at once is replayed or discarded by one of them, and counted once: by
+/// them, and by the lane, which would read nothing more with too many.
+#[tokio::test]
+async fn dead_letters_that_several_take_away_count_once() {
+    let rejects = Arc::new(AtomicBool::new(true));
+    let is_rejecting = Arc::clone(&rejects);
+    let (server, inbox) = receiver(move |request| {
+        Reply::Status(match (&*field(&request.body, "/message_status"), is_rejecting.load(Ordering::Relaxed)) {
+            ("error", _) => 503,
+            (_, true) => 400,
+            (_, false) => 200,
+        })
+    })
+    .await;
+    let url = server.url("/");
+    let relay = Setup::new(&format!(
+        "[sinks.http]\ntype = \"http\"\nurl = \"{url}\"\ndelivery = {{ max_parked = 60, schedule = [\"1h\"] }}\n\
+         [[routes]]\nto = [\"http\"]\n"
+    ))
+    .start()
+    .await;
+    relay.post(event(0, "error")).await.ids();
+    let events: Vec<_> = (1..41).map(|number| event(number, "sent")).collect();
+    relay.post(format!("[{}]", events.join(","))).await.ids();
+    relay.sink_is("http", "has rejected them", |sink| sink["dead_letters"] == 40 && sink["parked"] == 1).await;
+    rejects.store(false, Ordering::Relaxed);
+    let which = json!({ "sink": "http" });
+    let all = ["replay", "replay", "discard", "replay", "replay", "discard", "replay", "replay"];
+    let all = all.map(async |action| relay.operate(&format!("/api/v1/dead-letters/{action}"), &which).await);
+    let done = futures_util::future::join_all(all).await;
+    let taken: u64 = done.iter().map(|done| done["done"].as_u64().expect("a number")).sum();
+    assert_eq!(taken, 40, "{done:?}");
+    relay.sink_is("http", "has one parked", |sink| sink["parked"] == 1).await;
+    let posted = relay.post(event(50, "sent")).await.ids();
+    inbox.wait_for_ids("HTTP", posted).await;
+    relay.stop().await;
+}
+
 /// An event may be nested deeper than most parsers go.
 #[tokio::test]
 async fn deep_events_are_shown() {

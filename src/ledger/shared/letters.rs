@@ -27,7 +27,15 @@ struct Kept {
     /// Of what is discarded.
     producer: Producer,
     topic: String,
+    /// Whose turn it is to take some away.
+    turn: tokio::sync::Mutex<()>,
     stopped: Arc<AtomicBool>,
+}
+
+/// The only request that takes dead letters away, on this replica.
+pub struct Turn<'a> {
+    kept: &'a Kept,
+    _guard: tokio::sync::MutexGuard<'a, ()>,
 }
 
 impl Letters {
@@ -53,12 +61,35 @@ impl Letters {
             }
         };
         std::thread::Builder::new().name("dead-letters".to_owned()).spawn(follow).map_err(LedgerError::Thread)?;
-        Ok(Self(Arc::new(Kept { reader, producer, topic, stopped })))
+        Ok(Self(Arc::new(Kept { reader, producer, topic, turn: tokio::sync::Mutex::default(), stopped })))
     }
 
     /// Reads the copy. Blocks.
     pub fn read<T>(&self, read: impl FnOnce(&Reader) -> T) -> T {
         read(&lock(&self.0.reader))
+    }
+
+    /// Waits until no other request takes dead letters away, so that each is sent again, or discarded, by one of them.
+    pub async fn turn(&self) -> Turn<'_> {
+        Turn { kept: &self.0, _guard: self.0.turn.lock().await }
+    }
+}
+
+impl Turn<'_> {
+    /// Those that are still there, of these by number.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`].
+    pub fn still_there<T>(&self, letters: Vec<(i64, T)>) -> Result<Vec<(i64, T)>, LedgerError> {
+        let reader = lock(&self.kept.reader);
+        let mut found = Vec::new();
+        for (id, letter) in letters {
+            if place(reader.connection(), id)?.is_some() {
+                found.push((id, letter));
+            }
+        }
+        Ok(found)
     }
 
     /// Discards dead letters, on all replicas; how many there were.
@@ -68,19 +99,20 @@ impl Letters {
     /// [`LedgerError`]: some may be discarded.
     pub async fn discard(&self, ids: Vec<i64>) -> Result<usize, LedgerError> {
         let places: Vec<_> = {
-            let reader = lock(&self.0.reader);
+            let reader = lock(&self.kept.reader);
             ids.iter().map(|id| place(reader.connection(), *id)).collect::<Result<Vec<_>, _>>()?
         };
         let places: Vec<_> = places.into_iter().flatten().collect();
         for some in places.chunks(BATCH) {
-            let sent =
-                some.iter().map(|(sink, position)| self.0.producer.begin(&removed(&self.0.topic, sink, *position)));
+            let sent = some
+                .iter()
+                .map(|(sink, position)| self.kept.producer.begin(&removed(&self.kept.topic, sink, *position)));
             let sent = sent.collect::<Result<Vec<_>, _>>().map_err(refused)?;
             for sent in sent {
-                self.0.producer.arrived(sent).await.map_err(refused)?;
+                self.kept.producer.arrived(sent).await.map_err(refused)?;
             }
         }
-        let reader = lock(&self.0.reader);
+        let reader = lock(&self.kept.reader);
         for (sink, position) in &places {
             remove(reader.connection(), sink, *position)?;
         }
