@@ -35,7 +35,7 @@ use tokio::sync::oneshot;
 pub use account::Account;
 pub use changes::{Change, DeadLetter, Parked, Progress, Reason};
 pub use letters::{Filter, Letter, Letters};
-pub use parked::{Due, ParkedRow, Wanted};
+pub use parked::{Due, ParkedRow, Wanted, Which};
 
 use crate::journal::Position;
 

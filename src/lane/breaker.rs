@@ -95,6 +95,13 @@ impl Breaker {
         }
     }
 
+    /// A probe was begun, and what was to be tried is given up: others are to be tried at once.
+    pub(super) fn probe_anew(&mut self, now: Instant) {
+        if self.state == State::Probing {
+            self.state = State::Open { probe_at: now };
+        }
+    }
+
     fn open(&self, now: Instant, asked: Duration) -> State {
         State::Open { probe_at: now + self.config.probe.max(asked.min(MAX_ASKED)) }
     }
@@ -155,5 +162,8 @@ mod tests {
         assert!(!breaker.begin_probe(start + 10 * second) && breaker.begin_probe(start + 11 * second));
         breaker.no_probe(start + 11 * second);
         assert_eq!(breaker.probe_at(), Some(start + 21 * second));
+        assert!(breaker.begin_probe(start + 21 * second));
+        breaker.probe_anew(start + 21 * second);
+        assert!(breaker.begin_probe(start + 21 * second));
     }
 }

@@ -47,8 +47,6 @@ pub struct Stopped;
 pub struct Kept {
     pub(super) paused: bool,
     pub(super) counts: Counts,
-    /// The longest time that the sink has asked to be left alone for.
-    pub(super) asked: Duration,
     pub(super) meters: Meters,
     pub(super) commands: mpsc::Receiver<Command>,
     sender: mpsc::Sender<Command>,
@@ -59,7 +57,7 @@ impl Kept {
     pub fn new(metrics: &Metrics, sink: &str) -> Self {
         let (sender, commands) = mpsc::channel(COMMANDS);
         let (counts, meters) = (Counts::default(), Meters::new(metrics, sink));
-        Self { paused: false, counts, asked: Duration::ZERO, meters, commands, sender }
+        Self { paused: false, counts, meters, commands, sender }
     }
 
     /// For a lane that may come later, or never: whoever waits for this one's answers has them from nobody.

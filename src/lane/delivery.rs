@@ -25,6 +25,8 @@ pub(super) struct Delivery {
     pub(super) since: Millis,
     /// When its next attempt is due, if it is in memory before that, to probe with. Such an attempt does not count.
     pub(super) due_at: Option<Millis>,
+    /// What its last attempt failed with, if it is parked: a short name, and words for people.
+    pub(super) last_error: Option<Box<(String, String)>>,
 }
 
 /// Where a delivery is kept until it is settled.
@@ -53,14 +55,21 @@ impl Delivery {
     }
 
     /// To be tried again after a failed attempt.
-    pub(super) fn postponed(&self, order_by: OrderBy, due_at: Millis, error: &DeliveryError) -> Change {
+    pub(super) fn postponed(
+        &self,
+        order_by: OrderBy,
+        due_at: Millis,
+        asked_until: Option<Millis>,
+        error: &DeliveryError,
+    ) -> Change {
         match self.place {
-            Place::Window(_) => self.parked(order_by, due_at, &error.kind, &error.text),
+            Place::Window(_) => self.parked(order_by, (due_at, asked_until), &error.kind, &error.text),
             Place::Parked(id) => Change::Postpone {
                 id,
                 attempts: self.failures,
                 first_failed_at: self.first_failed_at.unwrap_or(due_at),
                 due_at,
+                asked_until,
                 error_kind: error.kind.to_string(),
                 error: error.text.clone(),
             },
@@ -69,10 +78,16 @@ impl Delivery {
 
     /// To be tried when those of its key that are parked already have gone.
     pub(super) fn behind(&self, order_by: OrderBy, now: Millis) -> Change {
-        self.parked(order_by, now, "behind", "waits for an earlier event with its key")
+        self.parked(order_by, (now, None), "behind", "waits for an earlier event with its key")
     }
 
-    fn parked(&self, order_by: OrderBy, due_at: Millis, error_kind: &str, error: &str) -> Change {
+    fn parked(
+        &self,
+        order_by: OrderBy,
+        (due_at, asked_until): (Millis, Option<Millis>),
+        error_kind: &str,
+        error: &str,
+    ) -> Change {
         Change::Park(Box::new(Parked {
             key: order_by.value(&self.event).map(str::to_owned),
             position: self.position,
@@ -83,6 +98,7 @@ impl Delivery {
             since: self.since,
             first_failed_at: self.first_failed_at,
             due_at,
+            asked_until,
             error_kind: error_kind.to_owned(),
             error: error.to_owned(),
             record: self.event.record(),
@@ -119,6 +135,7 @@ pub(super) fn replayed(order_by: OrderBy, position: Position, event: &Event, now
         since: now,
         first_failed_at: None,
         due_at: now,
+        asked_until: None,
         error_kind: "replay".to_owned(),
         error: "is sent again because an operator asked for it".to_owned(),
         record: event.record(),

@@ -287,11 +287,36 @@ impl Lane {
         if !self.breaker.is_closed() {
             return self.begin_probe(now, storing);
         }
-        while self.under_way.len() < self.config.concurrency && !self.ready.is_empty() && self.may_attempt(now) {
-            if let Some(delivery) = self.ready.pop_front() {
+        while self.under_way.len() < self.config.concurrency
+            && let Some(delivery) = self.ready.pop_front()
+        {
+            if self.is_too_old(&delivery) {
+                self.expire(&delivery);
+            } else if self.may_attempt(now) {
                 self.attempt(delivery);
+            } else {
+                return self.ready.push_front(delivery);
             }
         }
+    }
+
+    /// Whether a delivery that has failed has become too old to be tried again, while it waited for its turn or the relay
+    /// was away.
+    fn is_too_old(&self, delivery: &Delivery) -> bool {
+        delivery.failures > 0 && self.config.retry.is_too_old(delivery.age(ledger::now()))
+    }
+
+    /// Gives up all that are ready and too old; whether there were any.
+    fn expire_ready(&mut self) -> bool {
+        let mut found = false;
+        // One that is given up lets others of its key be ready.
+        while let Some(index) = self.ready.iter().position(|delivery| self.is_too_old(delivery))
+            && let Some(delivery) = self.ready.remove(index)
+        {
+            self.expire(&delivery);
+            found = true;
+        }
+        found
     }
 
     /// Takes a turn of the rate.
@@ -309,6 +334,7 @@ impl Lane {
         if self.breaker.probe_at().is_none_or(|at| now < at) {
             return;
         }
+        self.expire_ready();
         let fresh = match self.may_probe_with_fresh() {
             true => self.ready.iter().position(|delivery| !delivery.is_parked()),
             false => None,
@@ -418,8 +444,18 @@ impl Lane {
         let ticket = self.window.push(position, event.size(), since);
         let key = self.config.order_by.value(&event).map(|value| self.order.key(value));
         let place = Place::Window(ticket);
-        let delivery =
-            Delivery { event, route, position, place, key, failures: 0, first_failed_at: None, since, due_at: None };
+        let delivery = Delivery {
+            event,
+            route,
+            position,
+            place,
+            key,
+            failures: 0,
+            first_failed_at: None,
+            since,
+            due_at: None,
+            last_error: None,
+        };
         if self.parking.holds(key) {
             self.put_behind(&delivery);
         } else {
@@ -455,6 +491,7 @@ impl Lane {
             first_failed_at: row.first_failed_at,
             since: row.since,
             due_at: row.due_at,
+            last_error: Some(Box::new((row.error_kind, row.error))),
         };
         self.ready.extend(self.order.admit(key, delivery));
     }

@@ -46,7 +46,7 @@ impl Lane {
                     }
                     Verdict::Reject => {
                         self.kept.meters.attempt_reject.inc();
-                        self.bury(&delivery, Reason::Rejected, &error);
+                        self.bury(&delivery, Reason::Rejected, &error.kind, &error.text);
                         self.breaker.succeeded()
                     }
                 }
@@ -58,8 +58,8 @@ impl Lane {
             }
             Breaking::Closed => {
                 info!(sink = %self.name, "sink is back");
-                self.parking.probe_anew();
-                // What failed meanwhile need not wait any longer.
+                self.parking.end_probes();
+                // What failed meanwhile need not wait any longer, unless the sink wants that.
                 if let Some(since) = self.failing_since {
                     self.changes.push(Change::Hasten { since, due_at: ledger::now() });
                     self.unwritten = true;
@@ -80,7 +80,6 @@ impl Lane {
 
     /// Parks a delivery until its next attempt, and those of its key with it; or buries it if there is none.
     fn retry(&mut self, delivery: Delivery, now: Millis, error: &DeliveryError, asked: Option<Duration>) {
-        self.kept.asked = self.kept.asked.max(asked.unwrap_or_default());
         let after = |wait: Duration| now.saturating_add(Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX));
         let due_at = match (delivery.due_at, delivery.place) {
             (Some(due_at), Place::Parked(id)) => {
@@ -89,12 +88,13 @@ impl Lane {
             }
             _ => match self.config.retry.next(delivery.failures, delivery.age(now), rand::random(), asked) {
                 Next::After(wait) => after(wait),
-                Next::Exhausted => return self.bury(&delivery, Reason::Exhausted, error),
-                Next::Expired => return self.bury(&delivery, Reason::Expired, error),
+                Next::Exhausted => return self.bury(&delivery, Reason::Exhausted, &error.kind, &error.text),
+                Next::Expired => return self.bury(&delivery, Reason::Expired, &error.kind, &error.text),
             },
         };
         self.failing_since.get_or_insert(now);
-        self.changes.push(delivery.postponed(self.config.order_by, due_at, error));
+        let asked_until = asked.map(|asked| after(asked).min(due_at));
+        self.changes.push(delivery.postponed(self.config.order_by, due_at, asked_until, error));
         self.unwritten = true;
         self.leave_window(&delivery);
         for follower in self.order.take(delivery.key) {
@@ -122,13 +122,19 @@ impl Lane {
         }
     }
 
-    /// Makes a dead letter of a delivery.
-    fn bury(&mut self, delivery: &Delivery, reason: Reason, error: &DeliveryError) {
+    /// Gives up a parked delivery that is too old to be tried again.
+    pub(super) fn expire(&mut self, delivery: &Delivery) {
+        let (kind, error) = delivery.last_error.as_deref().cloned().unwrap_or_default();
+        self.bury(delivery, Reason::Expired, &kind, &error);
+    }
+
+    /// Makes a dead letter of a delivery, with what its last attempt failed with.
+    fn bury(&mut self, delivery: &Delivery, reason: Reason, kind: &str, error: &str) {
         if let Some(suppressed) = self.burials.admit(Instant::now()) {
             let (event_id, reason) = (delivery.event.id(), reason.as_str());
-            error!(sink = %self.name, %event_id, reason, attempts = delivery.failures, kind = %error.kind, error = %error.text, suppressed, "a delivery is a dead letter now");
+            error!(sink = %self.name, %event_id, reason, attempts = delivery.failures, kind, error, suppressed, "a delivery is a dead letter now");
         }
-        self.changes.push(delivery.buried(self.config.order_by, reason, &error.kind, &error.text));
+        self.changes.push(delivery.buried(self.config.order_by, reason, kind, error));
         self.kept.counts.dead += 1;
         self.kept.meters.dead.inc();
         self.settle_delivery(delivery);

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::order::Key;
-use crate::ledger::{Change, Millis};
+use crate::ledger::{Change, Millis, Which};
 
 /// The ledger is looked into at least this often while something is parked, so that a clock that was set matters no longer.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
@@ -17,12 +17,15 @@ pub(super) struct Parking {
     loaded: HashSet<i64>,
     /// Rows that were probed with before they were due: others have their turn first.
     probed: HashSet<i64>,
+    /// There are no others: those have their turn that the sink has asked to wait with.
+    probe_asked: bool,
     look_at: Instant,
 }
 
 impl Parking {
     pub(super) fn new(now: Instant) -> Self {
-        Self { keys: HashMap::new(), total: 0, loaded: HashSet::new(), probed: HashSet::new(), look_at: now }
+        let (loaded, probed) = (HashSet::new(), HashSet::new());
+        Self { keys: HashMap::new(), total: 0, loaded, probed, probe_asked: false, look_at: now }
     }
 
     /// So many more are parked.
@@ -55,9 +58,13 @@ impl Parking {
         self.total
     }
 
-    /// Rows that need not be fetched; or not to probe with.
-    pub(super) fn except(&self, probe: bool) -> HashSet<i64> {
-        if probe { &self.loaded | &self.probed } else { self.loaded.clone() }
+    /// Which rows to fetch, and which not; to probe with, or because they are due.
+    pub(super) fn wanted(&self, probe: bool) -> (Which, HashSet<i64>) {
+        match (probe, self.probe_asked) {
+            (false, _) => (Which::Due, self.loaded.clone()),
+            (true, false) => (Which::Unasked, &self.loaded | &self.probed),
+            (true, true) => (Which::Any, &self.loaded | &self.probed),
+        }
     }
 
     /// The row was probed with before it was due.
@@ -65,13 +72,23 @@ impl Parking {
         self.probed.insert(id);
     }
 
-    /// Whether some had their turn, which all have again from now on.
+    /// Those that had their turn have it again; where there are none, nor any in memory, it is that of those that the sink
+    /// has asked to wait with. Whether to look for them.
     pub(super) fn probe_anew(&mut self) -> bool {
-        !std::mem::take(&mut self.probed).is_empty()
+        let had_turn = !std::mem::take(&mut self.probed).is_empty();
+        self.probe_asked = !had_turn && !self.probe_asked && self.loaded.is_empty();
+        had_turn || self.probe_asked
+    }
+
+    /// No more probes are needed.
+    pub(super) fn end_probes(&mut self) {
+        self.probed.clear();
+        self.probe_asked = false;
     }
 
     /// Notes a fetched row; whether it was not in memory yet.
     pub(super) fn load(&mut self, id: i64) -> bool {
+        self.probe_asked = false;
         self.loaded.insert(id)
     }
 
@@ -144,7 +161,7 @@ mod tests {
         let later = now + Duration::from_secs(1);
         parking.written(&[Change::Unpark { id: 7 }], later);
         assert_eq!(
-            (parking.except(false).len(), parking.look_at()),
+            (parking.wanted(false).1.len(), parking.look_at()),
             (1, Some(later)),
             "another of its key may be due now"
         );
@@ -155,6 +172,28 @@ mod tests {
         parking.unload(8);
         parking.found_none();
         assert!(parking.total() == 0 && !parking.holds(Some(1)));
+    }
+
+    #[test]
+    fn others_are_probed_with_before_those_that_were_asked_to_wait() {
+        let mut parking = Parking::new(Instant::now());
+        let wanted = |parking: &Parking| (parking.wanted(true).0, parking.wanted(true).1.len());
+        assert_eq!(wanted(&parking), (Which::Unasked, 0));
+        parking.probed(7);
+        assert_eq!(wanted(&parking), (Which::Unasked, 1));
+        assert!(parking.probe_anew(), "7 has its turn again");
+        assert_eq!(wanted(&parking), (Which::Unasked, 0));
+        assert!(parking.probe_anew(), "there was not even that");
+        assert_eq!((wanted(&parking), parking.wanted(false).0), ((Which::Any, 0), Which::Due));
+        assert!(parking.load(8));
+        assert_eq!(wanted(&parking), (Which::Unasked, 1));
+        assert!(!parking.probe_anew(), "8 may be another one when it is written");
+        parking.unload(8);
+        assert!(parking.probe_anew() && !parking.probe_anew(), "there is none at all");
+        assert_eq!(wanted(&parking), (Which::Unasked, 0));
+        assert!(parking.probe_anew());
+        parking.end_probes();
+        assert_eq!(wanted(&parking), (Which::Unasked, 0));
     }
 
     #[test]

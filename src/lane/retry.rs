@@ -38,6 +38,9 @@ pub(super) enum Next {
     Expired,
 }
 
+/// The last attempt begins so long before the delivery is too old: it may have to wait for its turn.
+const LAST_CALL: Duration = Duration::from_secs(1);
+
 impl Retry {
     /// What follows attempt number `attempt` (from 1), which failed when the delivery was `age` old. `chance` (0 to 1) is
     /// the share of the exponential step to wait ("full jitter"); `asked` what the other side has asked for.
@@ -46,12 +49,14 @@ impl Retry {
             return Next::Exhausted;
         }
         // Who asks for more than there is gets what there is.
-        let left = self.max_age.map_or(Duration::MAX, |max| max.saturating_sub(age));
+        let left = self.max_age.map_or(Duration::MAX, |max| max.saturating_sub(age).saturating_sub(LAST_CALL));
         let wait = self.waits.wait(attempt, chance, asked.map(|asked| asked.min(left)));
-        if self.max_age.is_some_and(|max| age.saturating_add(wait) > max) {
-            return Next::Expired;
-        }
-        Next::After(wait)
+        if self.is_too_old(age.saturating_add(wait)) { Next::Expired } else { Next::After(wait) }
+    }
+
+    /// Whether a delivery that has failed is not to be tried again at this age.
+    pub(super) fn is_too_old(&self, age: Duration) -> bool {
+        self.max_age.is_some_and(|max| age > max)
     }
 }
 
@@ -124,8 +129,10 @@ mod tests {
         assert_eq!(next(2, 90), Next::After(seconds(10)));
         assert_eq!(next(2, 91), Next::Expired);
         assert_eq!(next(3, 0), Next::Exhausted);
-        assert_eq!(retry.next(1, seconds(40), 0.0, Some(seconds(3600))), Next::After(seconds(60)));
+        assert_eq!(retry.next(1, seconds(40), 0.0, Some(seconds(3600))), Next::After(seconds(59)));
+        assert!(!retry.is_too_old(seconds(100)) && retry.is_too_old(seconds(101)));
         let endless = Retry { max_attempts: None, max_age: None, ..retry.clone() };
         assert_eq!(endless.next(u32::MAX, Duration::MAX, 0.0, None), Next::After(seconds(10)));
+        assert!(!endless.is_too_old(Duration::MAX));
     }
 }

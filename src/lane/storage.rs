@@ -1,7 +1,7 @@
 //! What a lane asks of its ledger: to write what is settled, and for parked deliveries that are due.
 
 use std::collections::HashSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use tracing::warn;
@@ -10,6 +10,7 @@ use super::control::Taken;
 use super::{CLOCK_MARGIN, FETCH, Lane, MAX_CHANGES, STORAGE_PAUSE};
 use crate::journal::Position;
 use crate::ledger::{self, Change, Due, LedgerError, Millis, Progress, Wanted};
+use crate::sink::MAX_ASKED;
 
 /// What the ledger is doing for the lane: one thing at a time.
 pub(super) type Storing = BoxFuture<'static, Stored>;
@@ -71,10 +72,19 @@ impl Lane {
     /// Looks for parked deliveries that are due; `probe`: for one, whether it is due or not.
     pub(super) fn fetch(&self, probe: bool) -> Storing {
         let (account, now) = (self.account.clone(), ledger::now());
-        let longest = (self.config.retry.waits.longest().max(self.kept.asked) + CLOCK_MARGIN).as_millis();
-        let except = self.parking.except(probe);
-        let horizon = now.saturating_add(Millis::try_from(longest).unwrap_or(Millis::MAX));
-        let wanted = Wanted { now, horizon, limit: if probe { 1 } else { FETCH }, any: probe, except };
+        let horizon = |longest: Duration| {
+            now.saturating_add(Millis::try_from((longest + CLOCK_MARGIN).as_millis()).unwrap_or(Millis::MAX))
+        };
+        let longest = self.config.retry.waits.longest();
+        let (which, except) = self.parking.wanted(probe);
+        let wanted = Wanted {
+            now,
+            horizon: horizon(longest),
+            asked_horizon: horizon(longest.max(MAX_ASKED)),
+            limit: if probe { 1 } else { FETCH },
+            which,
+            except,
+        };
         Box::pin(async move {
             let due = account.due(wanted).await;
             if due.is_err() {
@@ -110,7 +120,7 @@ impl Lane {
                 }
                 rows.into_iter().for_each(|row| self.admit_parked(row));
                 if !self.breaker.is_closed() {
-                    self.fetched_probe(found, now);
+                    self.fetched_probe(found, others_left, now);
                 }
             }
             Stored::Fetched(Err(error)) => {
@@ -120,14 +130,15 @@ impl Lane {
         }
     }
 
-    /// Tries the delivery that was fetched to probe with.
-    fn fetched_probe(&mut self, found: bool, now: Instant) {
-        let may_begin = self.account.is_held() && !self.kept.paused;
-        if found
-            && may_begin
-            && self.breaker.is_probing()
-            && let Some(delivery) = self.ready.pop_back()
-        {
+    /// Tries the delivery that was fetched to probe with; without one, others may be left.
+    fn fetched_probe(&mut self, found: bool, others_left: bool, now: Instant) {
+        if others_left {
+            self.breaker.probe_anew(now);
+        } else if !found || !self.account.is_held() || self.kept.paused || !self.breaker.is_probing() {
+            self.breaker.no_probe(now);
+        } else if self.expire_ready() {
+            self.breaker.probe_anew(now);
+        } else if let Some(delivery) = self.ready.pop_back() {
             self.attempt(delivery);
         } else {
             self.breaker.no_probe(now);

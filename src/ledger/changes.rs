@@ -32,6 +32,8 @@ pub enum Change {
         first_failed_at: Millis,
         /// When to try again.
         due_at: Millis,
+        /// Until when the destination has asked to wait, if it has; else what it asked for before still holds.
+        asked_until: Option<Millis>,
         /// What the last one failed with.
         error_kind: String,
         /// For people.
@@ -53,7 +55,7 @@ pub enum Change {
         /// Now.
         due_at: Millis,
     },
-    /// Deliveries parked since then need not wait any longer.
+    /// Deliveries parked since then need not wait any longer, unless their destination has asked for that.
     Hasten {
         /// When the first of them failed.
         since: Millis,
@@ -76,6 +78,8 @@ pub struct Parked {
     pub first_failed_at: Option<Millis>,
     /// Without effect while another of the same key is parked: then it comes after that.
     pub due_at: Millis,
+    /// Not later than that.
+    pub asked_until: Option<Millis>,
     pub error_kind: String,
     pub error: String,
     pub record: Bytes,
@@ -183,11 +187,13 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
                 written.push(Written::Parked { lane, position, parked: Some(parked.clone()) });
             }
         }
-        Change::Postpone { id, attempts, first_failed_at, due_at, error_kind, error } => {
+        Change::Postpone { id, attempts, first_failed_at, due_at, asked_until, error_kind, error } => {
             let mut update = transaction.prepare_cached(
-                "UPDATE parked SET attempts = ?2, first_failed_at = ?3, due_at = ?4, error_kind = ?5, error = ?6 WHERE id = ?1",
+                "UPDATE parked SET attempts = ?2, first_failed_at = ?3, due_at = ?4, asked_until = coalesce(?5, asked_until),
+                        error_kind = ?6, error = ?7
+                 WHERE id = ?1",
             )?;
-            update.execute(params![id, attempts, first_failed_at, due_at, error_kind, error])?;
+            update.execute(params![id, attempts, first_failed_at, due_at, asked_until, error_kind, error])?;
             if let Some(written) = &mut books.written
                 && let Some(parked) = parked::whole(transaction, *id)?
             {
@@ -213,7 +219,8 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
         // Who takes a lane over knows the times that were written before: they wait at most that long.
         Change::Hasten { since, due_at } => {
             let mut update = transaction.prepare_cached(
-                "UPDATE parked SET due_at = ?3 WHERE lane = ?1 AND due_at > ?3 AND first_failed_at >= ?2",
+                "UPDATE parked SET due_at = max(?3, coalesce(asked_until, ?3))
+                 WHERE lane = ?1 AND due_at > ?3 AND first_failed_at >= ?2",
             )?;
             update.execute(params![lane, since, due_at])?;
         }
@@ -248,9 +255,10 @@ pub(super) fn adopt(transaction: &Transaction<'_>, lane: &str, parked: &[Parked]
 
 fn park(transaction: &Transaction<'_>, lane: &str, parked: &Parked) -> rusqlite::Result<()> {
     let mut insert = transaction.prepare_cached(
-        "INSERT INTO parked (lane, key, position, event_id, status, route, attempts, since, first_failed_at, due_at, error_kind, error, record)
+        "INSERT INTO parked (lane, key, position, event_id, status, route, attempts, since, first_failed_at, due_at, asked_until,
+                             error_kind, error, record)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9,
-                 CASE WHEN EXISTS (SELECT 1 FROM parked WHERE lane = ?1 AND key = ?2) THEN NULL ELSE ?10 END, ?11, ?12, ?13)",
+                 CASE WHEN EXISTS (SELECT 1 FROM parked WHERE lane = ?1 AND key = ?2) THEN NULL ELSE ?10 END, ?11, ?12, ?13, ?14)",
     )?;
     insert.execute(params![
         lane,
@@ -263,6 +271,7 @@ fn park(transaction: &Transaction<'_>, lane: &str, parked: &Parked) -> rusqlite:
         parked.since,
         parked.first_failed_at,
         parked.due_at,
+        parked.asked_until,
         parked.error_kind,
         parked.error,
         &parked.record[..],

@@ -20,12 +20,41 @@ pub struct Wanted {
     pub now: Millis,
     /// What is due later than that was written before the clock jumped back, and counts as due.
     pub horizon: Millis,
+    /// The same for what the destination has asked to wait with.
+    pub asked_horizon: Millis,
     /// How many, about.
     pub limit: usize,
-    /// Also those that are not due.
-    pub any: bool,
+    /// Which of the others.
+    pub which: Which,
     /// Rows that the lane has already.
     pub except: HashSet<i64>,
+}
+
+/// Which parked deliveries are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Those that are due.
+    Due,
+    /// Also those that are not, unless the destination has asked to wait with them.
+    Unasked,
+    /// Also these.
+    Any,
+}
+
+impl Wanted {
+    /// What is due later was written before the clock jumped back.
+    fn horizon_of(&self, asked_until: Option<Millis>) -> Millis {
+        if asked_until.is_some() { self.asked_horizon } else { self.horizon }
+    }
+
+    /// Whether a delivery is wanted that is not beyond the horizon.
+    fn wants(&self, due_at: Millis, asked_until: Option<Millis>) -> bool {
+        match self.which {
+            Which::Due => due_at <= self.now,
+            Which::Unasked => asked_until.is_none_or(|until| until <= self.now),
+            Which::Any => true,
+        }
+    }
 }
 
 /// What was found.
@@ -50,13 +79,16 @@ pub struct ParkedRow {
     pub first_failed_at: Option<Millis>,
     /// Only where that is later than now.
     pub due_at: Option<Millis>,
+    pub error_kind: String,
+    pub error: String,
     pub record: Bytes,
 }
 
 pub(super) fn due(connection: &Connection, lane: &str, wanted: &Wanted) -> rusqlite::Result<Due> {
     let (mut due, mut bytes) = (Due::default(), 0);
     let mut heads = connection.prepare_cached(
-        "SELECT id, key, position, route, attempts, since, first_failed_at, record, due_at FROM parked
+        "SELECT id, key, position, route, attempts, since, first_failed_at, error_kind, error, record, due_at, asked_until
+         FROM parked
          WHERE lane = ?1 AND due_at IS NOT NULL ORDER BY due_at",
     )?;
     let mut rows = heads.query([lane])?;
@@ -64,15 +96,19 @@ pub(super) fn due(connection: &Connection, lane: &str, wanted: &Wanted) -> rusql
         if wanted.except.contains(&row.get(0)?) {
             continue;
         }
-        let due_at: Millis = row.get(8)?;
-        let is_due = due_at <= wanted.now || wanted.any;
-        if !is_due || due.rows.len() >= wanted.limit || bytes >= MAX_BYTES {
-            due.next = Some(due_at.max(wanted.now));
-            break;
+        let (due_at, asked_until): (Millis, Option<Millis>) = (row.get(10)?, row.get(11)?);
+        let is_full = due.rows.len() >= wanted.limit || bytes >= MAX_BYTES;
+        if is_full || !wanted.wants(due_at, asked_until) {
+            due.next.get_or_insert(due_at.max(wanted.now));
+            // They are ordered by when they are due, and by nothing else.
+            if is_full || wanted.which == Which::Due {
+                break;
+            }
+            continue;
         }
         let first = due.rows.len();
         let mut head = read(row)?;
-        head.due_at = Some(due_at).filter(|at| (wanted.now + 1..=wanted.horizon).contains(at));
+        head.due_at = Some(due_at).filter(|at| (wanted.now + 1..=wanted.horizon_of(asked_until)).contains(at));
         let key = head.key.clone();
         let id = head.id;
         due.rows.push(head);
@@ -95,11 +131,11 @@ fn followers(
     wanted: &Wanted,
     found: &mut Vec<ParkedRow>,
 ) -> rusqlite::Result<()> {
-    if wanted.any {
+    if wanted.which != Which::Due {
         return Ok(());
     }
     let mut statement = connection.prepare_cached(
-        "SELECT id, key, position, route, attempts, since, first_failed_at, record FROM parked
+        "SELECT id, key, position, route, attempts, since, first_failed_at, error_kind, error, record FROM parked
          WHERE lane = ?1 AND key = ?2 AND id > ?3 ORDER BY id LIMIT ?4",
     )?;
     let mut rows = statement.query(params![lane, key, after, CHAIN])?;
@@ -120,11 +156,11 @@ fn followers(
 
 fn beyond_horizon(connection: &Connection, lane: &str, wanted: &Wanted, due: &mut Due) -> rusqlite::Result<()> {
     let mut statement = connection.prepare_cached(
-        "SELECT id, key, position, route, attempts, since, first_failed_at, record FROM parked
-         WHERE lane = ?1 AND due_at > ?2 ORDER BY due_at LIMIT ?3",
+        "SELECT id, key, position, route, attempts, since, first_failed_at, error_kind, error, record FROM parked
+         WHERE lane = ?1 AND due_at > ?2 AND (asked_until IS NULL OR due_at > ?3) ORDER BY due_at LIMIT ?4",
     )?;
     let limit = i64::try_from(wanted.limit - due.rows.len()).unwrap_or(i64::MAX);
-    let mut rows = statement.query(params![lane, wanted.horizon, limit])?;
+    let mut rows = statement.query(params![lane, wanted.horizon, wanted.asked_horizon, limit])?;
     while let Some(row) = rows.next()? {
         let id = row.get(0)?;
         if !wanted.except.contains(&id) && !due.rows.iter().any(|found| found.id == id) {
@@ -144,15 +180,17 @@ fn read(row: &Row<'_>) -> rusqlite::Result<ParkedRow> {
         since: row.get(5)?,
         first_failed_at: row.get(6)?,
         due_at: None,
-        record: Bytes::from(row.get::<_, Vec<u8>>(7)?),
+        error_kind: row.get(7)?,
+        error: row.get(8)?,
+        record: Bytes::from(row.get::<_, Vec<u8>>(9)?),
     })
 }
 
 /// All of a row.
 pub(super) fn whole(connection: &Connection, id: i64) -> rusqlite::Result<Option<Parked>> {
     let mut statement = connection.prepare_cached(
-        "SELECT key, position, event_id, status, route, attempts, since, first_failed_at, coalesce(due_at, since), error_kind,
-                error, record
+        "SELECT key, position, event_id, status, route, attempts, since, first_failed_at, coalesce(due_at, since), asked_until,
+                error_kind, error, record
          FROM parked WHERE id = ?1",
     )?;
     let parked = |row: &Row<'_>| {
@@ -166,9 +204,10 @@ pub(super) fn whole(connection: &Connection, id: i64) -> rusqlite::Result<Option
             since: row.get(6)?,
             first_failed_at: row.get(7)?,
             due_at: row.get(8)?,
-            error_kind: row.get(9)?,
-            error: row.get(10)?,
-            record: Bytes::from(row.get::<_, Vec<u8>>(11)?),
+            asked_until: row.get(9)?,
+            error_kind: row.get(10)?,
+            error: row.get(11)?,
+            record: Bytes::from(row.get::<_, Vec<u8>>(12)?),
         })
     };
     statement.query_row([id], parked).optional()

@@ -40,6 +40,7 @@ fn park(position: i64, key: Option<&str>, due_at: Millis) -> Change {
         since: 0,
         first_failed_at: Some(due_at - 10),
         due_at,
+        asked_until: None,
         error_kind: "timeout".into(),
         error: "too slow".into(),
         record: Bytes::from_static(b"record"),
@@ -48,8 +49,19 @@ fn park(position: i64, key: Option<&str>, due_at: Millis) -> Change {
 
 async fn due(ledger: &Ledger, now: Millis, except: &[i64]) -> (Vec<i64>, Option<Millis>) {
     let except: HashSet<_> = except.iter().copied().collect();
-    let due = ledger.due("crm", Wanted { now, horizon: 1_000_000, limit: 10, any: false, except }).await.unwrap();
+    wanted(ledger, Wanted { now, horizon: 1_000_000, asked_horizon: 5_000_000, limit: 10, which: Which::Due, except })
+        .await
+}
+
+async fn wanted(ledger: &Ledger, wanted: Wanted) -> (Vec<i64>, Option<Millis>) {
+    let due = ledger.due("crm", wanted).await.unwrap();
     (due.rows.iter().map(|row| row.position).collect(), due.next)
+}
+
+/// The same, which the destination wants to wait with.
+fn asked(parked: Change, asked_until: Millis) -> Change {
+    let Change::Park(parked) = parked else { panic!("not parked: {parked:?}") };
+    Change::Park(Box::new(Parked { asked_until: Some(asked_until), ..*parked }))
 }
 
 #[tokio::test]
@@ -118,6 +130,39 @@ async fn what_was_due_before_the_clock_jumped_back_is_due() {
     ledger.settle("crm", None, vec![park(1, None, 1_000_000), park(2, None, 1_000_001)]).await.unwrap();
     assert_eq!(due(&ledger, 0, &[]).await.0, [2]);
     assert_eq!(due(&ledger, 0, &[2]).await.0, Vec::<i64>::new());
+    let changes = vec![asked(park(3, None, 1_000_001), 1_000_001), asked(park(4, None, 5_000_001), 5_000_001)];
+    ledger.settle("crm", None, changes).await.unwrap();
+    assert_eq!(due(&ledger, 0, &[]).await.0, [2, 4], "a destination may ask for more");
+}
+
+#[tokio::test]
+async fn what_a_destination_wants_to_wait_with_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let Opened { ledger, .. } = Ledger::open(&dir.path().join("ledger.sqlite")).unwrap();
+    let changes = vec![park(1, None, 500), asked(park(2, None, 300), 300), asked(park(3, None, 900), 200)];
+    ledger.settle("crm", None, changes).await.unwrap();
+    let probe = async |now, which, except: &[i64]| {
+        let except = except.iter().copied().collect();
+        wanted(&ledger, Wanted { now, horizon: 1_000_000, asked_horizon: 5_000_000, limit: 1, which, except }).await
+    };
+    assert_eq!(probe(100, Which::Unasked, &[]).await.0, [1]);
+    assert_eq!(probe(100, Which::Unasked, &[1]).await, (vec![], Some(300)), "there are some, and not to probe with");
+    assert_eq!(probe(200, Which::Unasked, &[1]).await.0, [3]);
+    assert_eq!(probe(100, Which::Any, &[1]).await.0, [2]);
+
+    let postpone = Change::Postpone {
+        id: 2,
+        attempts: 1,
+        first_failed_at: 290,
+        due_at: 300,
+        asked_until: None,
+        error_kind: "http_503".into(),
+        error: "503".into(),
+    };
+    ledger.settle("crm", None, vec![postpone, Change::Hasten { since: 0, due_at: 100 }]).await.unwrap();
+    assert_eq!(due(&ledger, 100, &[]).await, (vec![1], Some(200)));
+    assert_eq!(due(&ledger, 200, &[1]).await, (vec![3], Some(300)));
+    assert_eq!(due(&ledger, 300, &[1]).await.0, [3, 2]);
 }
 
 #[tokio::test]
@@ -246,6 +291,6 @@ fn a_newer_schema_is_refused() {
     let path = dir.path().join("ledger.sqlite");
     drop(Ledger::open(&path).unwrap());
     Connection::open(&path).unwrap().pragma_update(None, "user_version", schema::VERSION + 1).unwrap();
-    assert!(matches!(Ledger::open(&path), Err(LedgerError::NewerVersion { version: 3, .. })));
-    assert!(matches!(check::check(&path, |_| true), Err(LedgerError::NewerVersion { version: 3, .. })));
+    assert!(matches!(Ledger::open(&path), Err(LedgerError::NewerVersion { version: 4, .. })));
+    assert!(matches!(check::check(&path, |_| true), Err(LedgerError::NewerVersion { version: 4, .. })));
 }

@@ -247,7 +247,7 @@ pub struct DeliveryError {
 }
 
 /// The longest time that the other side may ask to be left alone for.
-const MAX_ASKED: Duration = Duration::from_secs(24 * 3600);
+pub const MAX_ASKED: Duration = Duration::from_secs(24 * 3600);
 
 /// What is to become of a delivery whose attempt failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -276,6 +276,84 @@ async fn a_sink_that_is_gone_is_left_alone() {
     relay.stop().await;
 }
 
+/// What became too old while its sink was paused, or the relay away, is a dead letter without another attempt, also while
+/// the sink is only probed. What waits behind it has its first.
+#[tokio::test]
+async fn what_is_too_old_when_its_turn_comes_is_not_tried_again() {
+    const MAX_AGE: Duration = Duration::from_secs(3);
+    for failures in [1, 1000] {
+        let (server, inbox, up) = switched().await;
+        let delivery = format!(
+            "max_age = \"{MAX_AGE:?}\", schedule = [\"1s\"], breaker = {{ failures = {failures}, probe = \"100ms\" }}"
+        );
+        let relay = Setup::new(&(sink("http", &server, &delivery) + &all_to(&["http"]))).start().await;
+        let has_parked = async |relay: &Relay, count: u64| {
+            relay.sink_is("http", "has parked them", |sink| sink["parked"] == count).await;
+        };
+        let grows_old = async || {
+            let since = Instant::now();
+            eventually("it to be too old", async || since.elapsed() > MAX_AGE).await;
+        };
+        let posted = post(&relay, &[(1, "sent"), (1, "read")]).await;
+        has_parked(&relay, 2).await;
+        relay.operate("/api/v1/sinks/http/pause", &json!({})).await;
+        relay.sink_is("http", "begins nothing", |sink| sink["in_flight"] == 0).await;
+        up.store(true, Ordering::Relaxed);
+        grows_old().await;
+        relay.operate("/api/v1/sinks/http/resume", &json!({})).await;
+        let arrived = inbox.wait_for_ids("HTTP", [posted[1].clone()]).await;
+        assert_eq!((arrived.all.len(), arrived.all[0].header("relay-attempt")), (1, "1"));
+
+        up.store(false, Ordering::Relaxed);
+        post(&relay, &[(2, "sent")]).await;
+        has_parked(&relay, 1).await;
+        let setup = relay.kill().await;
+        up.store(true, Ordering::Relaxed);
+        grows_old().await;
+        let relay = setup.start().await;
+        relay.sink_is("http", "has given up", |sink| sink["dead_letters"] == 2 && sink["parked"] == 0).await;
+        let letters = relay.get("/api/v1/dead-letters").await["dead_letters"].take();
+        for letter in letters.as_array().expect("a list") {
+            assert_eq!((&letter["reason"], &letter["error_kind"]), (&json!("expired"), &json!("http_503")), "{letter}");
+            assert_eq!((&letter["attempts"], &letter["status"]), (&json!(1), &json!("sent")), "{letter}");
+        }
+        relay.stop().await;
+        assert_eq!(inbox.now().all.len(), 1, "none of them was tried again");
+    }
+}
+
+/// Who asks to wait longer than the sink is away for is waited for: also by probes while there are others, and after a
+/// restart.
+#[tokio::test]
+async fn a_destination_that_asks_to_wait_is_waited_for_when_the_sink_is_back() {
+    const ASKED: Duration = Duration::from_secs(6);
+    let up = Arc::new(AtomicBool::new(false));
+    let (is_up, asks) = (Arc::clone(&up), AtomicBool::new(true));
+    let (server, inbox) = receiver(move |request: &Received| {
+        match (&*field(&request.body, "/message_status"), is_up.load(Ordering::Relaxed)) {
+            ("error", _) if asks.swap(false, Ordering::Relaxed) => Reply::Later("6"),
+            (_, up) => Reply::Status(if up { 200 } else { 503 }),
+        }
+    })
+    .await;
+    let delivery = "concurrency = 1, schedule = [\"1s\"], breaker = { failures = 3, probe = \"100ms\" }";
+    let setup = Setup::new(&(sink("http", &server, delivery) + &all_to(&["http"])));
+    let relay = setup.start().await;
+    let asked_at = Instant::now();
+    let asked = post(&relay, &[(1, "error")]).await;
+    let others = post(&relay, &[(2, "sent"), (3, "sent")]).await;
+    // Each was probed with more than once.
+    relay.sink_is("http", "was probed often", |sink| sink["attempts_failed"].as_u64() > Some(12)).await;
+    up.store(true, Ordering::Relaxed);
+    inbox.wait_for_ids("HTTP", others).await;
+    let setup = relay.kill().await;
+    let relay = setup.start().await;
+    let arrived = inbox.wait_for_ids("HTTP", asked.clone()).await;
+    let waited = arrived.all.iter().find(|arrival| arrival.id() == asked[0]).expect("it arrived").at - asked_at;
+    assert!((ASKED..ASKED * 3).contains(&waited), "{waited:?}");
+    relay.stop().await;
+}
+
 /// The system's clock jumps back a day, and forward again: nothing is stuck, and nothing comes in a storm.
 #[tokio::test]
 async fn a_clock_that_jumps_does_no_harm() {

@@ -50,6 +50,9 @@ struct ParkedMeta {
     since: Millis,
     first_failed_at: Option<Millis>,
     due_at: Millis,
+    /// Older relays do not write it.
+    #[serde(default)]
+    asked_until: Option<Millis>,
     error_kind: String,
     error: String,
 }
@@ -145,6 +148,7 @@ pub(super) fn read_parked(sink: &str, message: &BorrowedMessage<'_>) -> Option<F
         since: meta.since,
         first_failed_at: meta.first_failed_at,
         due_at: meta.due_at,
+        asked_until: meta.asked_until,
         error_kind: meta.error_kind,
         error: meta.error,
         record: Bytes::copy_from_slice(record),
@@ -213,6 +217,7 @@ fn parked_meta(parked: &Parked) -> ParkedMeta {
         since: parked.since,
         first_failed_at: parked.first_failed_at,
         due_at: parked.due_at,
+        asked_until: parked.asked_until,
         error_kind: parked.error_kind.clone(),
         error: parked.error.clone(),
     }
