@@ -29,6 +29,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use rusqlite::{Connection, ErrorCode, Transaction};
 use tokio::sync::oneshot;
 
@@ -222,6 +223,22 @@ impl Ledger {
     pub async fn parked_keys(&self, lane: &str) -> Result<Vec<(Option<String>, usize)>, LedgerError> {
         let lane = lane.to_owned();
         self.run(move |books| parked::keys(&books.transaction, &lane)).await
+    }
+
+    /// Sees to it that a lane's parked deliveries are ordered by this: what was parked by another order gets the key that
+    /// `key` finds in its record. Costs nothing where the order is the same.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: nothing has changed.
+    pub async fn order_parked(
+        &self,
+        lane: &str,
+        order_by: &'static str,
+        key: impl Fn(&Bytes) -> Option<String> + Send + 'static,
+    ) -> Result<(), LedgerError> {
+        let lane = lane.to_owned();
+        self.run(move |books| changes::order_parked(&books.transaction, &lane, order_by, &key)).await
     }
 
     /// Makes dead letters of the parked deliveries of a lane that is no more, and forgets its progress; how many there

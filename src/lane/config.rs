@@ -3,6 +3,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use crate::document::Section;
 use crate::event::{Event, Field};
 
@@ -185,6 +187,20 @@ impl OrderBy {
         match self {
             Self::Field(field) => event.field(field),
             Self::None => None,
+        }
+    }
+
+    /// What an event is ordered by that is stored like this. One that can't be read is in no order.
+    pub fn key(self, record: &Bytes) -> Option<String> {
+        let event = Event::decode(record.clone()).ok()?;
+        self.value(&event).map(str::to_owned)
+    }
+
+    /// Its name in the settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Field(field) => field.name(),
+            Self::None => "none",
         }
     }
 }

@@ -269,10 +269,7 @@ impl Control {
     /// [`Stopped`]: none of them, or all.
     pub async fn exhume(&self, letters: Vec<(i64, Bytes)>) -> Result<usize, Stopped> {
         let due_at = ledger::now();
-        let exhume = |(id, record)| {
-            let event = Event::decode(record).ok();
-            Change::Exhume { id, key: event.and_then(|event| self.order_by.value(&event).map(str::to_owned)), due_at }
-        };
+        let exhume = |(id, record)| Change::Exhume { id, key: self.order_by.key(&record), due_at };
         self.take(letters.into_iter().map(exhume).collect()).await
     }
 

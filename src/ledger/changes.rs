@@ -247,10 +247,29 @@ fn exhume(
     Ok(transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?.execute([id])? > 0)
 }
 
-/// Puts what another process has parked where this one looks for it.
+/// Puts what was parked elsewhere, or otherwise, where a lane looks for it.
 pub(super) fn adopt(transaction: &Transaction<'_>, lane: &str, parked: &[Parked]) -> rusqlite::Result<()> {
     transaction.prepare_cached("DELETE FROM parked WHERE lane = ?1")?.execute([lane])?;
     parked.iter().try_for_each(|parked| park(transaction, lane, parked))
+}
+
+/// Gives parked deliveries other keys, if theirs were made of something else than `order_by`. They go by their positions then.
+pub(super) fn order_parked(
+    transaction: &Transaction<'_>,
+    lane: &str,
+    order_by: &str,
+    key: impl Fn(&Bytes) -> Option<String>,
+) -> rusqlite::Result<()> {
+    let mut update = transaction
+        .prepare_cached("UPDATE cursors SET order_by = ?2 WHERE lane = ?1 AND order_by IS DISTINCT FROM ?2")?;
+    if update.execute([lane, order_by])? == 0 {
+        return Ok(());
+    }
+    let mut parked = parked::all(transaction, lane)?;
+    for parked in &mut parked {
+        parked.key = key(&parked.record);
+    }
+    adopt(transaction, lane, &parked)
 }
 
 fn park(transaction: &Transaction<'_>, lane: &str, parked: &Parked) -> rusqlite::Result<()> {

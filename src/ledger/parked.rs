@@ -188,29 +188,35 @@ fn read(row: &Row<'_>) -> rusqlite::Result<ParkedRow> {
 
 /// All of a row.
 pub(super) fn whole(connection: &Connection, id: i64) -> rusqlite::Result<Option<Parked>> {
-    let mut statement = connection.prepare_cached(
-        "SELECT key, position, event_id, status, route, attempts, since, first_failed_at, coalesce(due_at, since), asked_until,
-                error_kind, error, record
-         FROM parked WHERE id = ?1",
-    )?;
-    let parked = |row: &Row<'_>| {
-        Ok(Parked {
-            key: row.get(0)?,
-            position: Position::from_stored(row.get(1)?),
-            event_id: row.get(2)?,
-            status: row.get(3)?,
-            route: row.get(4)?,
-            attempts: row.get(5)?,
-            since: row.get(6)?,
-            first_failed_at: row.get(7)?,
-            due_at: row.get(8)?,
-            asked_until: row.get(9)?,
-            error_kind: row.get(10)?,
-            error: row.get(11)?,
-            record: Bytes::from(row.get::<_, Vec<u8>>(12)?),
-        })
-    };
-    statement.query_row([id], parked).optional()
+    let mut statement = connection.prepare_cached(&format!("SELECT {WHOLE} FROM parked WHERE id = ?1"))?;
+    statement.query_row([id], read_whole).optional()
+}
+
+/// All of a lane's rows, in the order of the journal.
+pub(super) fn all(connection: &Connection, lane: &str) -> rusqlite::Result<Vec<Parked>> {
+    let sql = format!("SELECT {WHOLE} FROM parked WHERE lane = ?1 ORDER BY position, id");
+    connection.prepare(&sql)?.query_map([lane], read_whole)?.collect()
+}
+
+const WHOLE: &str = "key, position, event_id, status, route, attempts, since, first_failed_at, coalesce(due_at, since),
+                     asked_until, error_kind, error, record";
+
+fn read_whole(row: &Row<'_>) -> rusqlite::Result<Parked> {
+    Ok(Parked {
+        key: row.get(0)?,
+        position: Position::from_stored(row.get(1)?),
+        event_id: row.get(2)?,
+        status: row.get(3)?,
+        route: row.get(4)?,
+        attempts: row.get(5)?,
+        since: row.get(6)?,
+        first_failed_at: row.get(7)?,
+        due_at: row.get(8)?,
+        asked_until: row.get(9)?,
+        error_kind: row.get(10)?,
+        error: row.get(11)?,
+        record: Bytes::from(row.get::<_, Vec<u8>>(12)?),
+    })
 }
 
 /// Sees to it that the first row of each key has a time: without one nobody would ever look at it.

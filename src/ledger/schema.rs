@@ -73,6 +73,7 @@ pub(super) const STEPS: [&str; 3] = [
     CREATE INDEX parked_by_key ON parked (lane, key, id);
     ",
     "
+    ALTER TABLE cursors ADD COLUMN order_by TEXT;       -- what the keys of what is parked were made of
     ALTER TABLE parked ADD COLUMN asked_until INTEGER;  -- its destination does not want it before; NULL: it did not say
     DROP INDEX parked_by_due;
     CREATE INDEX parked_by_due ON parked (lane, due_at, asked_until) WHERE due_at IS NOT NULL;

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use rdkafka::error::KafkaError;
 use rusqlite::Connection;
 
@@ -91,18 +92,29 @@ impl Shared {
         Account::of_many(self.ledger.clone(), &partition.to_string(), self.lease.clone())
     }
 
-    /// Takes over a partition's lane: waits for what whoever had it before has written, and reads it.
+    /// Takes over a partition's lane: waits for what whoever had it before has written, and reads it. What is parked gets
+    /// the key that `key` finds in its record: it may have been ordered by something else.
     ///
     /// # Errors
     ///
     /// [`LedgerError`]: Kafka does not answer, or another replica has the partition by now.
-    pub async fn take_over(&self, partition: i32, account: &Account) -> Result<Loaded, LedgerError> {
+    pub async fn take_over(
+        &self,
+        partition: i32,
+        account: &Account,
+        key: impl Fn(&Bytes) -> Option<String> + Send + 'static,
+    ) -> Result<Loaded, LedgerError> {
         let (member, config, sink) = (self.member.clone(), self.config.clone(), Arc::clone(&self.sink));
         let progress = blocking(move || load::progress(&member, partition)).await?;
         let lane = partition.to_string();
         let mark = format!("{:016x}", rand::random::<u64>());
         self.open_lane(&lane, account, progress.clone(), mark.clone()).await?;
-        let parked = blocking(move || load::parked(&config, &sink, partition, &mark)).await?;
+        let parked = blocking(move || {
+            let mut parked = load::parked(&config, &sink, partition, &mark)?;
+            parked.iter_mut().for_each(|parked| parked.key = key(&parked.record));
+            Ok(parked)
+        });
+        let parked = parked.await?;
         let (adopted, heir) = (lane.clone(), account.clone());
         // Once it has gone elsewhere it may have come back, and another lane may be at it.
         let adopt = move |books: &mut super::Books<'_>| match heir.is_closed() {

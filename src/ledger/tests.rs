@@ -123,6 +123,26 @@ async fn keys_go_one_after_the_other() {
     assert_eq!(keys, [(None, 1), (Some("a".into()), 1), (Some("b".into()), 1)]);
 }
 
+/// By another `order_by` what was parked apart may belong together: then in the order of the journal.
+#[tokio::test]
+async fn what_is_parked_is_ordered_by_something_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let Opened { ledger, .. } = Ledger::open(&dir.path().join("ledger.sqlite")).unwrap();
+    let changes = vec![park(3, Some("c"), 10), park(1, Some("a"), 90), park(2, Some("c"), 20)];
+    ledger.settle("crm", Some(progress(4, &[])), changes).await.unwrap();
+    let order = async |order_by, key: &'static str| {
+        ledger.order_parked("crm", order_by, move |_| Some(key.to_owned())).await.unwrap();
+        ledger.parked_keys("crm").await.unwrap()
+    };
+    assert_eq!(order("sender_id", "x").await, [(Some("x".into()), 3)]);
+    assert_eq!(due(&ledger, 89, &[]).await, (vec![], Some(90)), "the first holds up the others");
+    assert_eq!(due(&ledger, 90, &[]).await.0, [1, 2, 3]);
+    assert_eq!(order("sender_id", "y").await, [(Some("x".into()), 3)], "the order is the same");
+    ledger.settle("crm", Some(progress(5, &[])), vec![]).await.unwrap();
+    assert_eq!(order("sender_id", "y").await, [(Some("x".into()), 3)], "still");
+    assert_eq!(order("message_id", "y").await, [(Some("y".into()), 3)]);
+}
+
 #[tokio::test]
 async fn what_was_due_before_the_clock_jumped_back_is_due() {
     let dir = tempfile::tempdir().unwrap();

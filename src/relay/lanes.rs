@@ -19,7 +19,7 @@ use super::in_force::{Built, Changes, InForce, Plan, Standing};
 use crate::journal::disk::View;
 use crate::journal::{Position, Reader, Start};
 use crate::lane::{
-    Beginning, Control, Controls, Course, Kept, Lane, Metrics, Phase, Remains, StartAt, Unrouted, Whereabouts,
+    Beginning, Control, Controls, Course, Kept, Lane, Metrics, OrderBy, Phase, Remains, StartAt, Unrouted, Whereabouts,
 };
 use crate::ledger::{Ledger, Progress};
 use crate::routing::UNROUTED;
@@ -78,6 +78,14 @@ impl Carries {
         }
     }
 
+    /// Nothing of the reserved sink is parked.
+    fn order_by(&self) -> OrderBy {
+        match self {
+            Self::Sink(built) => built.lane().order_by,
+            Self::Unrouted => OrderBy::None,
+        }
+    }
+
     async fn close(&self) {
         if let Self::Sink(built) = self {
             built.close().await;
@@ -109,7 +117,7 @@ impl Lanes {
         for (name, carries) in sinks.chain([(UNROUTED.to_owned(), Carries::Unrouted)]) {
             // A sink that a new ledger does not know is not a new sink, or there are no events yet.
             let start = if knew_none { StartAt::Earliest } else { carries.start() };
-            let beginning = lanes.beginning(&name, progress.get(&name).cloned(), start).await?;
+            let beginning = lanes.beginning(&name, progress.get(&name).cloned(), start, carries.order_by()).await?;
             lanes.spawn(name, carries, beginning, None);
         }
         for (name, Progress { cursor, .. }) in progress {
@@ -150,7 +158,7 @@ impl Lanes {
         match then {
             Then::Fail => {}
             Then::Start(next) => {
-                let beginning = self.beginning(&name, progress, next.start()).await?;
+                let beginning = self.beginning(&name, progress, next.start(), next.order_by()).await?;
                 self.spawn(name, next, beginning, remains.kept);
             }
             Then::Close => {
@@ -267,7 +275,8 @@ impl Lanes {
         let mut begun = Vec::new();
         for built in added {
             let progress = self.ledger.progress(built.name()).await?;
-            let beginning = self.beginning(built.name(), progress, built.lane().start).await?;
+            let lane = built.lane();
+            let beginning = self.beginning(built.name(), progress, lane.start, lane.order_by).await?;
             lanes.insert(built.name().to_owned(), Whereabouts::beginning(beginning.reader.position()));
             begun.push((built, beginning));
         }
@@ -278,7 +287,13 @@ impl Lanes {
     }
 
     /// Where a lane goes on, or begins.
-    async fn beginning(&self, name: &str, progress: Option<Progress>, start: StartAt) -> Result<Beginning, RunError> {
+    async fn beginning(
+        &self,
+        name: &str,
+        progress: Option<Progress>,
+        start: StartAt,
+        order_by: OrderBy,
+    ) -> Result<Beginning, RunError> {
         let (cursor, mut ahead) = match progress {
             Some(Progress { cursor, ahead }) => (Some(cursor), ahead),
             None => (None, Vec::new()),
@@ -299,6 +314,8 @@ impl Lanes {
             let progress = Progress { cursor: at, ahead: ahead.clone() };
             self.ledger.settle(name, Some(progress), Vec::new()).await?;
         }
+        // What comes later must find what it has to wait for.
+        self.ledger.order_parked(name, order_by.name(), move |record| order_by.key(record)).await?;
         let parked = self.ledger.parked_keys(name).await?;
         Ok(Beginning { reader: Reader::Disk(reader), ahead, parked })
     }

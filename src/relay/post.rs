@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::{mpsc, watch};
@@ -179,10 +180,11 @@ impl Post {
     }
 
     fn take_over(&self, partition: i32, arrival: u64, account: Account, after: Duration) {
-        let ledger = Arc::clone(&self.ledger);
+        let (ledger, order_by) = (Arc::clone(&self.ledger), self.built.lane().order_by);
         self.taking_over.push(Box::pin(async move {
             sleep(after).await;
-            let loaded = timeout(TAKE_OVER, ledger.take_over(partition, &account)).await;
+            let key = move |record: &Bytes| order_by.key(record);
+            let loaded = timeout(TAKE_OVER, ledger.take_over(partition, &account, key)).await;
             (partition, arrival, loaded.unwrap_or_else(|_| Err(LedgerError::Failed("Kafka takes too long".to_owned()))))
         }));
     }

@@ -354,6 +354,49 @@ async fn a_destination_that_asks_to_wait_is_waited_for_when_the_sink_is_back() {
     relay.stop().await;
 }
 
+/// What is parked holds back what comes later by the new `order_by` too, and what was parked apart goes in the order in which
+/// it came.
+#[tokio::test]
+async fn what_is_parked_follows_a_changed_order() {
+    let up = Arc::new(AtomicBool::new(false));
+    let is_up = Arc::clone(&up);
+    let (server, inbox) = receiver(move |request: &Received| {
+        let is_read = field(&request.body, "/message_status") == "read";
+        Reply::Status(if is_read || is_up.load(Ordering::Relaxed) { 200 } else { 503 })
+    })
+    .await;
+    let rules = |order_by: &str| {
+        let delivery = format!(
+            "order_by = \"{order_by}\", schedule = [\"500ms\"], breaker = {{ failures = 1000, probe = \"1s\" }}"
+        );
+        sink("http", &server, &delivery) + &all_to(&["http"])
+    };
+    let setup = Setup::new(&rules("message_id"));
+    let relay = setup.start().await;
+    let parked = async |relay: &Relay, count: u64| {
+        relay.sink_is("http", "has parked them", |sink| sink["parked"] == count && sink["lag_events"] == 0).await;
+    };
+    let mut posted = post(&relay, &[(1, "sent"), (2, "sent")]).await;
+    parked(&relay, 2).await;
+    relay.change_rules(&rules("sender_id"));
+    relay.operate("/api/v1/reload", &json!({})).await;
+    posted.extend(post(&relay, &[(3, "read")]).await);
+    parked(&relay, 3).await;
+    let setup = relay.kill().await;
+    setup.file("routes.toml", &rules("recipient_id"));
+    let relay = setup.start().await;
+    posted.extend(post(&relay, &[(2, "read")]).await);
+    inbox.wait_for_ids("HTTP", [posted[2].clone()]).await;
+    parked(&relay, 3).await;
+    setup.file("routes.toml", &rules("sender_id"));
+    relay.operate("/api/v1/reload", &json!({})).await;
+    up.store(true, Ordering::Relaxed);
+    inbox.wait_for_ids("HTTP", posted.clone()).await;
+    relay.stop().await;
+    let arrived: Vec<_> = inbox.now().all.iter().map(|arrival| arrival.id().to_owned()).collect();
+    assert_eq!(arrived, [2, 0, 1, 3].map(|index: usize| posted[index].clone()));
+}
+
 /// The system's clock jumps back a day, and forward again: nothing is stuck, and nothing comes in a storm.
 #[tokio::test]
 async fn a_clock_that_jumps_does_no_harm() {
