@@ -2,7 +2,6 @@
 
 #![expect(unused_qualifications, reason = "in what the macros write")]
 
-use axum::body::Bytes;
 use axum::extract::State;
 use serde::Deserialize;
 use utoipa::openapi::RefOr;
@@ -10,8 +9,8 @@ use utoipa::openapi::schema::{AdditionalProperties, ArrayBuilder, ObjectBuilder,
 use utoipa::{IntoParams, PartialSchema, ToSchema};
 
 use super::Shared;
-use super::problem::{Failed, Json, Problem, Query};
-use crate::event;
+use super::problem::{Body, Failed, Json, Problem, Query};
+use crate::event::{self, BodyError};
 use crate::rules::Explained;
 
 #[derive(Deserialize, IntoParams)]
@@ -50,10 +49,14 @@ impl ToSchema for Events {}
 pub(super) async fn explain(
     State(operated): State<Shared>,
     Query(sender): Query<Sender>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Result<Json<Vec<Explained>>, Problem> {
     let token = sender.token.unwrap_or_else(|| "aivo".to_owned());
-    let events = event::sample(&body, &token).map_err(|error| Problem::bad_request(error.to_string()))?;
-    let live = operated.live.load();
-    Ok(Json(events.iter().map(|event| live.rules.explain(event)).collect()))
+    // There may be thousands of events.
+    let explain = move || {
+        let (events, live) = (event::sample(&body, &token)?, operated.live.load());
+        Ok(events.iter().map(|event| live.rules.explain(event)).collect())
+    };
+    let explained = tokio::task::spawn_blocking(explain).await.map_err(Problem::internal)?;
+    explained.map(Json).map_err(|error: BodyError| Problem::bad_request(error.to_string()))
 }

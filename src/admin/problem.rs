@@ -1,8 +1,10 @@
 //! Errors as RFC 9457 has them, and requests that end in one.
 
 use std::fmt;
+use std::time::Duration;
 
-use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, HeaderValue};
@@ -10,10 +12,14 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use tokio::time::timeout;
 use utoipa::{IntoResponses, ToSchema};
 
 use crate::lane::Stopped;
 use crate::ledger::LedgerError;
+
+/// How long a request's body may take.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a request was not served.
 #[derive(Debug, Serialize, ToSchema)]
@@ -104,6 +110,12 @@ impl From<JsonRejection> for Problem {
     }
 }
 
+impl From<BytesRejection> for Problem {
+    fn from(rejection: BytesRejection) -> Self {
+        Self::new(rejection.status(), rejection.body_text())
+    }
+}
+
 impl From<QueryRejection> for Problem {
     fn from(rejection: QueryRejection) -> Self {
         Self::bad_request(rejection.body_text())
@@ -123,7 +135,8 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let axum::Json(object) = <axum::Json<Map<_, _>> as FromRequest<S>>::from_request(request, state).await?;
+        let axum::Json(object) =
+            in_time(<axum::Json<Map<_, _>> as FromRequest<S>>::from_request(request, state)).await?;
         object_into(object).map(Self)
     }
 }
@@ -132,9 +145,30 @@ impl<T: DeserializeOwned, S: Send + Sync> OptionalFromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Option<Self>, Problem> {
-        let object = <axum::Json<Option<Map<_, _>>> as OptionalFromRequest<S>>::from_request(request, state).await?;
+        let object = <axum::Json<Option<Map<_, _>>> as OptionalFromRequest<S>>::from_request(request, state);
+        let object = in_time(object).await?;
         object.and_then(|axum::Json(object)| object).map(|object| object_into(object).map(Self)).transpose()
     }
+}
+
+/// The body of a request as it came.
+pub(super) struct Body(pub(super) Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        in_time(Bytes::from_request(request, state)).await.map(Self)
+    }
+}
+
+/// Reads a body, if it comes in time.
+async fn in_time<T, R: Into<Problem>>(reading: impl Future<Output = Result<T, R>>) -> Result<T, Problem> {
+    let too_late = || {
+        let detail = format!("the body did not come within {} seconds", BODY_TIMEOUT.as_secs());
+        Problem::new(StatusCode::REQUEST_TIMEOUT, detail)
+    };
+    timeout(BODY_TIMEOUT, reading).await.map_err(|_| too_late())?.map_err(Into::into)
 }
 
 fn object_into<T: DeserializeOwned>(mut object: Map<String, Value>) -> Result<T, Problem> {

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use http::{StatusCode, Version};
+use http::{Request, StatusCode, Version};
+use http_body_util::Full;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use reqwest::{Certificate, Client, Identity};
 use rustls::pki_types::pem::PemObject as _;
@@ -334,6 +335,30 @@ async fn silence_does_not_keep_a_connection() {
     assert!(rest.is_empty(), "{rest:?}");
     within("an answer", reading.read_to_end(&mut rest)).await.unwrap();
     assert!(rest.starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&rest));
+    relay.stop().await;
+}
+
+/// Probes are answered though all places are taken.
+#[tokio::test]
+async fn silence_does_not_keep_the_admin_side() {
+    const MAX: usize = 1024;
+    let relay = Setup::new(SCREEN).env("RELAY_ADMIN__TOKEN", "of-the-admin-side").start().await;
+    let mut silent = Vec::new();
+    for number in 0..MAX {
+        let mut connection = Raw::connect(relay.admin()).await;
+        let begun: &[u8] = if number % 2 == 0 { b"P" } else { b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0" };
+        connection.write(begun).await;
+        silent.push(connection);
+    }
+    let since = Instant::now();
+    for path in ["/healthz", "/readyz", "/metrics"] {
+        let request = Request::get(path).header("host", "localhost").body(Full::default()).unwrap();
+        assert_eq!(relay.ask(request).await.status, 200, "{path}");
+    }
+    assert!(since.elapsed() < Duration::from_secs(9), "{:?}", since.elapsed());
+    for connection in &mut silent {
+        connection.closed().await;
+    }
     relay.stop().await;
 }
 
