@@ -152,6 +152,7 @@ impl Relay {
             journal,
             letters,
             cluster,
+            max_body: usize::try_from(config.ingress.max_body.as_u64()).unwrap_or(usize::MAX),
             ingress: metrics.ingress,
             comparing: Arc::default(),
             reload,

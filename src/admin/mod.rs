@@ -37,6 +37,7 @@ use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use axum::Router;
+use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
 use axum::routing::get;
@@ -45,7 +46,7 @@ use serde::Deserialize;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use utoipa::OpenApi;
-use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt as _};
 use utoipa_axum::routes;
 
 use crate::ingress;
@@ -128,6 +129,8 @@ pub struct Live {
 pub struct Operated {
     /// What it runs by at present.
     pub live: Arc<ArcSwap<Live>>,
+    /// The longest body that the ingress takes, in bytes.
+    pub max_body: usize,
     /// What the ingress counts.
     pub ingress: ingress::Metrics,
     /// What the lanes count.
@@ -227,7 +230,7 @@ fn router(operated: Shared, gate: Gate) -> Router {
         .routes(routes!(letters::replay_all))
         .routes(routes!(letters::discard_all))
         .routes(routes!(replay::replay))
-        .routes(routes!(explain::explain))
+        .routes(routes!(explain::explain).layer(DefaultBodyLimit::max(operated.max_body)))
         .routes(routes!(reload::reload))
         .routes(routes!(drain::drain))
         .routes(routes!(logs::show, logs::change))

@@ -384,3 +384,18 @@ async fn resent_events_are_stored_once() {
     messages.dedup();
     assert_eq!(messages.len(), 3);
 }
+/// What the ingress takes can be explained, and nothing longer.
+#[tokio::test]
+async fn bodies_are_explained_up_to_the_limit_of_the_ingress() {
+    let setup = Setup::new(&Receiver::accepting().await.routes()).env("RELAY_INGRESS__MAX_BODY", "3MiB");
+    let relay = setup.start().await;
+    let explain = async |len: usize| {
+        let body = format!("{{\"x\":\"{}\"}}", "x".repeat(len - 8));
+        let request = Request::post("/api/v1/explain").header("host", "localhost");
+        relay.ask(request.body(Full::new(body.into())).expect("a request")).await
+    };
+    assert_eq!(explain(3 << 20).await.status, 200);
+    is_problem(&explain((3 << 20) + 1).await, 413);
+    relay.stop().await;
+}
+
