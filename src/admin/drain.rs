@@ -14,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::problem::{Failed, Json, Problem, Query};
 use super::replicas::Cluster;
 use super::sinks::{SinkStatus, sinks};
-use super::{Operated, Shared};
+use super::{Operated, Shared, position};
 use crate::journal::Position;
 
 /// How long a request waits unless it says otherwise, and at most.
@@ -77,11 +77,8 @@ pub(super) async fn drain(
     if !(0.0..=MAX_WAIT).contains(&wait) {
         return Err(Problem::bad_request(format!("`wait` is {wait}; it must be from 0 to {MAX_WAIT} seconds")));
     }
-    if let Some(up_to) = drain.up_to.filter(|up_to| *up_to < 0) {
-        return Err(Problem::bad_request(format!("`up_to` is {up_to}; positions begin at 0")));
-    }
     let end = operated.journal.end();
-    let up_to = drain.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));
+    let up_to = position("up_to", drain.up_to)?.map_or(end, |up_to| up_to.min(end));
     let deadline = Instant::now() + Duration::from_secs_f64(wait);
     let mut seems_drained = None;
     loop {

@@ -50,7 +50,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt as _};
 use utoipa_axum::routes;
 
 use crate::ingress;
-use crate::journal;
+use crate::journal::{self, Position};
 use crate::lane::{self, Controls};
 use crate::ledger::{self, LedgerError};
 use crate::routing::Table;
@@ -188,6 +188,14 @@ impl Operated {
         read: impl FnOnce(&ledger::Letters) -> Result<T, LedgerError> + Send + 'static,
     ) -> Result<T, Problem> {
         self.letters.read(read).await
+    }
+}
+
+/// A position in the journal, if one was given.
+fn position(name: &str, given: Option<i64>) -> Result<Option<Position>, Problem> {
+    match given {
+        Some(given @ ..0) => Err(Problem::bad_request(format!("`{name}` is {given}; positions begin at 0"))),
+        given => Ok(given.map(Position::from_stored)),
     }
 }
 

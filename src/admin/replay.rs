@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use super::problem::{Failed, Json, Problem};
 use super::time::Period;
-use super::{BULK_LIMIT, Operated, Shared, limit, time};
+use super::{BULK_LIMIT, Operated, Shared, limit, position, time};
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Start};
 use crate::ledger::Millis;
@@ -78,11 +78,11 @@ pub(super) async fn replay(
     let limit = limit(replay.limit, BULK_LIMIT)?;
     let when = replay.when.as_ref().map(When::from_json).transpose().map_err(Problem::bad_request)?;
     let end = operated.journal.end();
-    let up_to = replay.up_to.map_or(end, |up_to| Position::from_stored(up_to).min(end));
+    let up_to = position("up_to", replay.up_to)?.map_or(end, |up_to| up_to.min(end));
     let table = operated.table();
     let sink = table.sink(&replay.sink).ok_or_else(|| Problem::internal("the sink is not in the rules"))?;
     let period = Period { since: replay.since, until: replay.until };
-    let start = replay.from.map_or_else(|| period.start(), |from| Start::At(Position::from_stored(from)));
+    let start = position("from", replay.from)?.map_or_else(|| period.start(), Start::At);
     let search = Search { table, sink, period, when, up_to, limit };
     operated.letters.has_room(&lane).await?;
     let shared = Arc::clone(&operated);

@@ -384,6 +384,10 @@ async fn resent_events_are_stored_once() {
     messages.dedup();
     assert_eq!(messages.len(), 3);
 }
+    for body in ["{\"sink\":\"http\",\"from\":-1}", "{\"sink\":\"http\",\"up_to\":-1}"] {
+        is_problem(&post("/api/v1/replay", body).await, 400);
+    }
+    is_problem(&post("/api/v1/drain?up_to=-1", "").await, 400);
 /// What the ingress takes can be explained, and nothing longer.
 #[tokio::test]
 async fn bodies_are_explained_up_to_the_limit_of_the_ingress() {
