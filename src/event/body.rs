@@ -295,13 +295,19 @@ pub enum BodyError {
     /// JSON is UTF-8.
     #[error("the body is not UTF-8")]
     NotUtf8,
-    /// Not JSON.
+    /// Not JSON, and where. Senders are shown this text alone, so it has the cause in it and no source.
     #[error("the body is not JSON: {0}")]
-    NotJson(#[from] serde_json::Error),
+    NotJson(serde_json::Error),
     /// JSON, but a scalar, or an array with something else in it.
     #[error("an event is a JSON object; send one, or an array of them")]
     NotObject,
     /// An array without events.
     #[error("the array is empty; send at least one event")]
     EmptyArray,
+}
+
+impl From<serde_json::Error> for BodyError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::NotJson(error)
+    }
 }

@@ -247,6 +247,8 @@ async fn explain_says_what_each_sink_would_be_sent() {
     let bad = setup.run(&["explain"], "[]").await;
     assert!(bad.code == Some(1) && bad.stderr.contains("array"), "{bad:?}");
 }
+    let bad = setup.run(&["explain"], "x").await;
+    assert_eq!(bad.stderr, "error: the body is not JSON: expected value at line 1 column 1\n");
 
 #[tokio::test]
 async fn explain_says_the_same_as_is_sent() {
