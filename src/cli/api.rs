@@ -130,7 +130,9 @@ pub(super) fn time(text: &str) -> Result<String, String> {
     }
     let message = || format!("{text:?} is no time; give RFC 3339 (2026-01-31T12:00:00Z), or how long ago (2h)");
     let ago = humantime::parse_duration(text).map_err(|_| message())?;
-    SystemTime::now().checked_sub(ago).map(rfc3339).ok_or_else(message)
+    let time = SystemTime::now().checked_sub(ago).map(rfc3339);
+    // What is too long ago has no text.
+    time.filter(|time| time.parse::<jiff::Timestamp>().is_ok()).ok_or_else(message)
 }
 
 /// Refuses a period in which nothing can be: two times in each other's place. Both as [`time`] gives them.
@@ -190,7 +192,10 @@ mod tests {
     fn times_are_given_in_two_ways() {
         assert_eq!(time("2026-01-31T12:00:00Z").unwrap(), "2026-01-31T12:00:00Z");
         assert!(time("2h").unwrap() < rfc3339(SystemTime::now()));
-        assert!(time("soon").unwrap_err().contains("RFC 3339"));
+        for wrong in ["soon", "99999999y", "9999999999999y"] {
+            assert!(time(wrong).unwrap_err().contains(&format!("{wrong:?} is no time; give RFC 3339")));
+        }
+        assert!(time("9000y").unwrap().parse::<jiff::Timestamp>().is_ok());
         let check = |since: &str, until: &str| check_period(Some(&time(since).unwrap()), Some(&time(until).unwrap()));
         assert!(check("2h", "1h").is_ok() && check("2026-01-31T12:00:00Z", "2026-01-31T12:00:00+01:00").is_err());
         assert!(check("1h", "2h").is_err() && check("2026-01-31T12:00:00Z", "2026-01-31T12:00:00Z").is_err());
