@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use super::Global;
+use super::{Global, plain};
 use crate::event::rfc3339;
 
 /// How long an answer may take. What takes long is asked for in small pieces.
@@ -144,8 +144,9 @@ pub(super) fn check_period(since: Option<&str>, until: Option<&str>) -> anyhow::
     Ok(())
 }
 
-/// Rows under headings, in columns as wide as they have to be.
+/// Rows under headings, in columns as wide as they have to be. What cells have is made [`plain`].
 pub(super) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<_>> = rows.iter().map(|row| row.iter().map(|cell| plain(cell)).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain(headings.get(column).map(|heading| heading.len())).max().unwrap_or(0)
@@ -156,7 +157,7 @@ pub(super) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
     };
     let mut text = line(&mut headings.iter().copied());
-    for row in rows {
+    for row in &rows {
         text += &line(&mut row.iter().map(String::as_str));
     }
     text
@@ -184,8 +185,8 @@ mod tests {
     #[test]
     fn tables_are_aligned() {
         let rows =
-            [vec!["a".to_owned(), "é".to_owned(), "x".to_owned()], vec!["longer".into(), "b".into(), String::new()]];
-        assert_eq!(table(&["NAME", "N", "LAST"], &rows), "NAME    N  LAST\na       é  x\nlonger  b\n");
+            [vec!["a".to_owned(), "é".to_owned(), "x".to_owned()], vec!["longer".into(), "\n".into(), String::new()]];
+        assert_eq!(table(&["NAME", "N", "LAST"], &rows), "NAME    N   LAST\na       é   x\nlonger  \\n\n");
     }
 
     #[test]

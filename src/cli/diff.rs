@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, check_period, table, time};
-use super::{Global, print};
+use super::{Global, plain, print};
 use crate::document::{Environment, Lookup, Problem, Unresolved};
 use crate::event;
 use crate::routing::{Change, Comparison, Diff, Example, RouteDiff, Table, Tally};
@@ -204,8 +204,7 @@ fn examples(text: &mut String, what: &str, examples: &[Example]) -> std::fmt::Re
         writeln!(text, "\n{what}, for example")?;
     }
     for Example { event_id, received_at, status, sender, campaign, before, after } in examples {
-        // What senders write may hold what a terminal would obey.
-        let shown = |text: &Option<String>| text.as_deref().unwrap_or("-").escape_debug().to_string();
+        let shown = |text: &Option<String>| plain(text.as_deref().unwrap_or("-"));
         let routes = |routes: &[String]| if routes.is_empty() { "no route".to_owned() } else { routes.join(", ") };
         let (status, sender, campaign) = (shown(status), shown(sender), shown(campaign));
         writeln!(text, "  {event_id}  {received_at}  {status}  sender {sender}  campaign {campaign}")?;

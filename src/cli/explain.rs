@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use serde_json::json;
 
-use super::{Global, print};
+use super::{Global, plain, print};
 use crate::event;
 use crate::routing::{Mismatch, Outcome};
 use crate::rules::{Destination, Explained};
@@ -69,15 +69,15 @@ fn text(explained: &Explained) -> Result<String, std::fmt::Error> {
         writeln!(text, "\nsink {sink} (by route {route})")?;
         if let Some(preview) = sent {
             for (label, value) in &preview.target {
-                writeln!(text, "  {label}: {value}")?;
+                writeln!(text, "  {label}: {}", plain(value))?;
             }
             writeln!(text, "  headers:")?;
             for (name, value) in &preview.headers {
-                writeln!(text, "    {name}: {value}")?;
+                writeln!(text, "    {name}: {}", plain(value))?;
             }
         }
         if let Some(error) = error {
-            writeln!(text, "  can't be sent: {error}")?;
+            writeln!(text, "  can't be sent: {}", plain(error))?;
         }
     }
     Ok(text)

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, check_period, elements, number, table, text, time};
-use super::{Global, bar, examples, print};
+use super::{Global, bar, examples, plain, print};
 
 /// How many one request takes when no rate is asked for.
 const CHUNK: u64 = 1000;
@@ -250,11 +250,14 @@ fn show(letter: &Shown) -> Result<String, std::fmt::Error> {
     let mut shown = String::new();
     for (field, value) in letter.iter().filter(|(field, _)| *field != "body") {
         let text = serde_json::from_str::<String>(value.get());
-        writeln!(shown, "{field:16} {}", text.as_deref().unwrap_or(value.get()))?;
+        writeln!(shown, "{field:16} {}", plain(text.as_deref().unwrap_or(value.get())))?;
     }
     let body = letter.get("body").map_or("null", |body| body.get());
     // What is nested too deeply to be laid out is shown as it was received.
     let laid_out = serde_json::from_str::<Value>(body).map(|body| format!("{body:#}"));
-    writeln!(shown, "\n{}", laid_out.as_deref().unwrap_or(body))?;
+    shown.push('\n');
+    for line in laid_out.as_deref().unwrap_or(body).lines() {
+        writeln!(shown, "{}", plain(line))?;
+    }
     Ok(shown)
 }

@@ -212,3 +212,26 @@ fn print(text: &str) -> anyhow::Result<()> {
         result => result.context("can't write to standard output"),
     }
 }
+
+/// One line of what senders and destinations wrote, for people: escapes what a terminal would obey, or what would make it
+/// look like something else.
+fn plain(text: &str) -> String {
+    let is_obeyed = |c: char| c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let shown = |c: char| if is_obeyed(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terminals_have_nothing_to_obey() {
+        let check = |text: &str, expected: &str| assert_eq!(plain(text), expected);
+        check("\u{1b}[2J\u{7}", "\\u{1b}[2J\\u{7}");
+        check("a\r\nb\tc", "a\\r\\nb\\tc");
+        check("\u{9b}1m\u{7f}", "\\u{9b}1m\\u{7f}");
+        check("fdp.\u{202e}exe\u{2069}", "fdp.\\u{202e}exe\\u{2069}");
+        check("can't \\n \"é\" नमस्ते 👍🏽", "can't \\n \"é\" नमस्ते 👍🏽");
+    }
+}

@@ -162,6 +162,27 @@ async fn dead_letters_that_several_take_away_count_once() {
     relay.stop().await;
 }
 
+/// What senders write is shown, and does nothing to the terminal.
+#[tokio::test]
+async fn terminals_are_not_controlled_by_events() {
+    let relay = Setup::new("").start().await;
+    // U+009B begins a sequence like ESC and [ do, and JSON does not escape it.
+    let body = event(1, "\\u001b[2J\\n\u{9b}31m");
+    relay.post(body.clone()).await.ids();
+    let number = wait_for_letters(&relay, 1).await[0]["id"].to_string();
+    let explained =
+        Setup::new("[sinks.s]\ntype = \"stdout\"\n[[routes]]\nto = [\"s\"]\n").run(&["explain"], &body).await;
+    let list = relay.command(&["dead-letters", "list"]).await;
+    let show = relay.command(&["dead-letters", "show", &number]).await;
+    assert!(list.stdout.contains("\\u{1b}[2J\\n\\u{9b}31m") && list.stdout.lines().count() == 2, "{list:?}");
+    for shown in [list, show, explained] {
+        let obeyed = |c: char| c.is_control() && c != '\n';
+        assert!(shown.code == Some(0) && !shown.stdout.contains(obeyed), "{shown:?}");
+        assert!(shown.stdout.contains("\\u{9b}31m"), "{shown:?}");
+    }
+    relay.stop().await;
+}
+
 /// An event may be nested deeper than most parsers go.
 #[tokio::test]
 async fn deep_events_are_shown() {
