@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use clap::Subcommand;
 use indicatif::ProgressBar;
 use serde_json::value::RawValue;
@@ -48,7 +48,7 @@ pub(super) enum Command {
         #[arg(long, value_name = "SINK")]
         to: Option<String>,
         /// How many a second
-        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+        #[arg(long, conflicts_with = "ids", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
         rate: Option<u32>,
     },
     /// Discard them, for good
@@ -62,6 +62,7 @@ pub(super) enum Command {
 #[derive(clap::Args)]
 pub(super) struct Which {
     /// Their numbers; or a filter; or --all
+    #[arg(conflicts_with_all = ["all", "Filter"])]
     ids: Vec<i64>,
     /// All of them
     #[arg(long)]
@@ -122,14 +123,14 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<ExitCode
                 let limit = rate.map_or(CHUNK, |rate| u64::from(rate).clamp(1, CHUNK));
                 which.bulk(global, &api, "replay", &options, limit)?
             } else {
-                each(&which.ids, one)?
+                each(&which.ids, one)
             };
             done.print(global, "replayed")?;
         }
         Command::Discard { which } => {
             let done = match which.ids.is_empty() {
                 true => which.bulk(global, &api, "discard", &Map::new(), CHUNK)?,
-                false => each(&which.ids, |id| api.delete(&["dead-letters", id]))?,
+                false => each(&which.ids, |id| api.delete(&["dead-letters", id])),
             };
             done.print(global, "discarded")?;
         }
@@ -137,17 +138,24 @@ pub(super) fn run(global: &Global, command: &Command) -> anyhow::Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-fn each(ids: &[i64], act: impl Fn(&str) -> anyhow::Result<Value>) -> anyhow::Result<Done> {
-    ids.iter().try_fold(Done::default(), |mut done, id| {
-        done.add(&act(&id.to_string())?);
-        Ok(done)
-    })
+/// One after the other, whatever becomes of those before.
+fn each(ids: &[i64], act: impl Fn(&str) -> anyhow::Result<Value>) -> Done {
+    let mut done = Done::default();
+    for id in ids {
+        match act(&id.to_string()) {
+            Ok(answer) => done.add(&answer),
+            Err(error) => done.failed.push((*id, error)),
+        }
+    }
+    done
 }
 
 #[derive(Default)]
 struct Done {
     done: u64,
     skipped: u64,
+    /// The numbers of those that could not be, and why.
+    failed: Vec<(i64, anyhow::Error)>,
 }
 
 impl Done {
@@ -156,13 +164,18 @@ impl Done {
         self.skipped += number(answer, "skipped");
     }
 
+    /// Says what was done. What could not be is an error.
     fn print(&self, global: &Global, what: &str) -> anyhow::Result<()> {
-        let Self { done, skipped } = self;
+        let Self { done, skipped, failed } = self;
+        let ids: Vec<_> = failed.iter().map(|(id, _)| id).collect();
         print(&match (global.json, skipped) {
-            (true, _) => format!("{}\n", json!({ what: done, "skipped": skipped })),
+            (true, _) => format!("{}\n", json!({ what: done, "skipped": skipped, "failed": ids })),
             (false, 0) => format!("{done} {what}\n"),
             (false, _) => format!("{done} {what}; {skipped} not, since no sink of the rules is theirs: see --to\n"),
-        })
+        })?;
+        let reasons: Vec<_> = failed.iter().map(|(id, error)| format!("{id} could not be {what}: {error:#}")).collect();
+        ensure!(reasons.is_empty(), reasons.join("\n"));
+        Ok(())
     }
 }
 

@@ -400,3 +400,8 @@ async fn the_command_line() {
         assert!(done.stderr.contains("--help") && done.stderr.contains(about), "{about:?}: {done:?}");
     }
 }
+        (&["dead-letters", "discard", "2", "--sink", "x"], "'[IDS]...' cannot be used with"),
+        (&["dead-letters", "discard", "--all", "2"], "'[IDS]...' cannot be used with '--all'"),
+        (&["dead-letters", "replay", "2", "--since", "2h"], "'[IDS]...' cannot be used with"),
+        (&["dead-letters", "replay", "2", "--rate", "5"], "'[IDS]...' cannot be used with '--rate <RATE>'"),
+        (&["dead-letters", "list", "--since", "99999999y"], "\"99999999y\" is no time"),

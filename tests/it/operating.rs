@@ -1,5 +1,6 @@
 //! The admin side and the commands that use it: what an operator sees, and what they can do about it.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -9,9 +10,11 @@ use http::Request;
 use http_body_util::Full;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdout};
 
 use crate::brokers::{field, receiver};
-use crate::harness::{Answer, Receiver, Relay, Reply, Setup, event, eventually};
+use crate::harness::{Answer, Receiver, Relay, Reply, Setup, event, eventually, within};
 
 /// Sinks that produce every reason for a dead letter, and one that takes all that is sent to it.
 async fn failing() -> (Setup, Receiver, crate::brokers::Inbox) {
@@ -162,6 +165,29 @@ async fn dead_letters_that_several_take_away_count_once() {
     relay.stop().await;
 }
 
+/// Of several that are named, those that are missing do not keep the others.
+#[tokio::test]
+async fn dead_letters_are_named_by_number() {
+    let relay = Setup::new("").start().await;
+    for number in 1..=4 {
+        relay.post(event(number, "sent")).await.ids();
+    }
+    let found = wait_for_letters(&relay, 4).await;
+    let [a, b, c, d] = [0, 1, 2, 3].map(|at: usize| found[at]["id"].to_string());
+    let done = relay.command(&["dead-letters", "discard", &a, "777", &b]).await;
+    assert_eq!((done.code, &*done.stdout), (Some(1), "2 discarded\n"), "{done:?}");
+    assert!(done.stderr.starts_with("error: 777 could not be discarded: ") && done.stderr.contains("777"), "{done:?}");
+    let done = relay.command(&["dead-letters", "discard", "777", &c, "778", "--json"]).await;
+    let said: Value = serde_json::from_str(&done.stdout).expect("JSON");
+    assert_eq!((done.code, said), (Some(1), json!({ "discarded": 1, "skipped": 0, "failed": [777, 778] })));
+    let error: Value = serde_json::from_str(&done.stderr).expect("JSON");
+    assert_eq!(error["error"].as_str().map(|error| error.lines().count()), Some(2), "{error}");
+    let done = relay.command(&["dead-letters", "discard", &d, "--sink", "other"]).await;
+    assert_eq!((done.code, letters(&relay, "").await.len()), (Some(2), 1), "{done:?}");
+    assert_eq!(relay.command_json(&["dead-letters", "discard", &d]).await["discarded"], 1);
+    relay.stop().await;
+}
+
 /// What senders write is shown, and does nothing to the terminal.
 #[tokio::test]
 async fn terminals_are_not_controlled_by_events() {
@@ -282,6 +308,47 @@ async fn a_paused_sink_waits_and_status_says_so() {
     relay.stop().await;
 }
 
+/// What `status --watch --json` prints, line by line, and its process.
+fn watch(setup: &Setup, admin: SocketAddr) -> (Child, Lines<BufReader<ChildStdout>>) {
+    let admin = format!("http://{admin}");
+    let mut child = setup.command(&["status", "--watch", "--json", "--admin", &admin]).spawn().expect("a process");
+    let lines = BufReader::new(child.stdout.take().expect("its output")).lines();
+    (child, lines)
+}
+
+#[tokio::test]
+async fn watching_goes_on_while_the_relay_is_away_and_ends_with_its_reader() {
+    let relay = Setup::new("").start().await;
+    let admin = relay.admin();
+    let setup = relay.kill().await.env("RELAY_ADMIN__LISTEN", admin.to_string());
+    let (mut child, mut lines) = watch(&setup, admin);
+    let mut saw = async |what: &str| loop {
+        let line = within(what, lines.next_line()).await.expect("its output").expect("it goes on");
+        if serde_json::from_str::<Value>(&line).expect("JSON").get(what).is_some() {
+            return;
+        }
+    };
+    saw("error").await;
+    let relay = setup.start().await;
+    saw("version").await;
+    relay.stop().await;
+    saw("error").await;
+    drop(lines);
+    let ended = within("its end", child.wait()).await.expect("a status");
+    assert_eq!(ended.code(), Some(0));
+}
+
+#[tokio::test]
+async fn status_shows_what_was_refused() {
+    let relay = Setup::new("[sinks.s]\ntype = \"stdout\"\n").start().await;
+    assert!(!relay.command(&["status"]).await.stdout.contains("refused"));
+    relay.change_rules("[sinks.s]\ntype = \"stdout\"\ncolour = \"red\"\n");
+    assert_eq!(relay.command(&["reload"]).await.code, Some(64));
+    let status = relay.command(&["status"]).await.stdout;
+    assert!(status.contains("\nreload refused at 2") && status.contains("\n  routes.toml:3:1: "), "{status}");
+    relay.stop().await;
+}
+
 #[tokio::test]
 async fn commands_say_when_no_relay_answers() {
     let setup = Setup::new(&Receiver::accepting().await.routes());
@@ -358,9 +425,28 @@ async fn requests_that_can_not_be_served_say_why() {
     is_problem(&post("/api/v1/dead-letters/1/replay", "{}").await, 404);
     is_problem(&post("/api/v1/sinks/nowhere/pause", "").await, 404);
     is_problem(&post("/api/v1/explain", "[]").await, 400);
+    for body in ["{\"sink\":\"http\",\"from\":-1}", "{\"sink\":\"http\",\"up_to\":-1}"] {
+        is_problem(&post("/api/v1/replay", body).await, 400);
+    }
+    is_problem(&post("/api/v1/drain?up_to=-1", "").await, 400);
     is_problem(&post("/api/v1/status", "").await, 405);
     let explained = post("/api/v1/explain", &event(1, "sent")).await.json();
     assert_eq!(explained[0]["sinks"][0]["sink"], "http");
+    relay.stop().await;
+}
+
+/// What the ingress takes can be explained, and nothing longer.
+#[tokio::test]
+async fn bodies_are_explained_up_to_the_limit_of_the_ingress() {
+    let setup = Setup::new(&Receiver::accepting().await.routes()).env("RELAY_INGRESS__MAX_BODY", "3MiB");
+    let relay = setup.start().await;
+    let explain = async |len: usize| {
+        let body = format!("{{\"x\":\"{}\"}}", "x".repeat(len - 8));
+        let request = Request::post("/api/v1/explain").header("host", "localhost");
+        relay.ask(request.body(Full::new(body.into())).expect("a request")).await
+    };
+    assert_eq!(explain(3 << 20).await.status, 200);
+    is_problem(&explain((3 << 20) + 1).await, 413);
     relay.stop().await;
 }
 
@@ -405,22 +491,3 @@ async fn resent_events_are_stored_once() {
     messages.dedup();
     assert_eq!(messages.len(), 3);
 }
-    for body in ["{\"sink\":\"http\",\"from\":-1}", "{\"sink\":\"http\",\"up_to\":-1}"] {
-        is_problem(&post("/api/v1/replay", body).await, 400);
-    }
-    is_problem(&post("/api/v1/drain?up_to=-1", "").await, 400);
-/// What the ingress takes can be explained, and nothing longer.
-#[tokio::test]
-async fn bodies_are_explained_up_to_the_limit_of_the_ingress() {
-    let setup = Setup::new(&Receiver::accepting().await.routes()).env("RELAY_INGRESS__MAX_BODY", "3MiB");
-    let relay = setup.start().await;
-    let explain = async |len: usize| {
-        let body = format!("{{\"x\":\"{}\"}}", "x".repeat(len - 8));
-        let request = Request::post("/api/v1/explain").header("host", "localhost");
-        relay.ask(request.body(Full::new(body.into())).expect("a request")).await
-    };
-    assert_eq!(explain(3 << 20).await.status, 200);
-    is_problem(&explain((3 << 20) + 1).await, 413);
-    relay.stop().await;
-}
-
