@@ -145,16 +145,19 @@ pub fn main() -> ExitCode {
 
 /// Says what went wrong on standard error, and what exit status that is.
 fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
-    let configuration =
-        error.is::<ConfigError>() || error.is::<RulesError>() || error.is::<LoadError>() || error.is::<api::Refused>();
-    let text = match configuration {
-        true => error.to_string(),
-        false => format!("{error:#}"),
-    };
-    let line = if json { serde_json::json!({ "error": text }).to_string() } else { format!("error: {text}") };
     // There is nowhere else to say it.
-    drop(writeln!(std::io::stderr(), "{line}"));
-    if configuration { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
+    drop(std::io::stderr().write_all(said(error, json).as_bytes()));
+    if is_configuration(error) { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
+}
+
+/// An error, as JSON or for people.
+fn said(error: &anyhow::Error, json: bool) -> String {
+    let text = if is_configuration(error) { error.to_string() } else { format!("{error:#}") };
+    if json { format!("{}\n", serde_json::json!({ "error": text })) } else { format!("error: {text}\n") }
+}
+
+fn is_configuration(error: &anyhow::Error) -> bool {
+    error.is::<ConfigError>() || error.is::<RulesError>() || error.is::<LoadError>() || error.is::<api::Refused>()
 }
 
 impl Global {
@@ -204,12 +207,12 @@ fn bar() -> anyhow::Result<ProgressStyle> {
     Ok(ProgressStyle::with_template("{bar:40} {pos}/{len} {rate} {eta}")?.with_key("rate", rate))
 }
 
-/// Prints to standard output. A reader that has gone away (`| head`) is not an error.
-fn print(text: &str) -> anyhow::Result<()> {
+/// Prints to standard output. A reader that has gone away (`| head`) is not an error; then this is false.
+fn print(text: &str) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("can't write to standard output"),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        result => result.map(|()| true).context("can't write to standard output"),
     }
 }
 

@@ -8,14 +8,14 @@ use bytesize::ByteSize;
 use serde_json::Value;
 
 use super::api::{Api, elements, number, table, text};
-use super::{Global, print};
+use super::{Global, plain, print, said};
 
 /// How often `--watch` looks.
 const WATCH: Duration = Duration::from_secs(2);
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Show it again every two seconds, until interrupted
+    /// Show it again every two seconds, until interrupted; also while the relay is away
     #[arg(long)]
     watch: bool,
 }
@@ -28,17 +28,21 @@ pub(super) struct Sink {
 
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let api = Api::new(global)?;
-    loop {
+    let look = || {
         let status: Value = api.get(&["status"], &[])?;
-        let text = if global.json { format!("{status}\n") } else { show(&status) };
-        // On a terminal each takes the place of the one before.
-        let clear = arguments.watch && !global.json && std::io::stdout().is_terminal();
-        print(&format!("{}{text}", if clear { "\x1b[H\x1b[2J" } else { "" }))?;
-        if !arguments.watch {
-            return Ok(ExitCode::SUCCESS);
-        }
+        Ok(if global.json { format!("{status}\n") } else { show(&status) })
+    };
+    if !arguments.watch {
+        print(&look()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    // On a terminal each takes the place of the one before.
+    let clear = if !global.json && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+    // A relay that is away comes back.
+    while print(&format!("{clear}{}", look().unwrap_or_else(|error| said(&error, global.json))))? {
         std::thread::sleep(WATCH);
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `action` is `pause` or `resume`.
@@ -54,7 +58,7 @@ pub(super) fn switch(global: &Global, action: &str, Sink { sink }: &Sink) -> any
 fn show(status: &Value) -> String {
     let ready = match text(status, "unready_because") {
         "" => "accepting".to_owned(),
-        reason => format!("NOT accepting: {reason}"),
+        reason => format!("NOT accepting: {}", plain(reason)),
     };
     let journal = status.get("journal").unwrap_or(&Value::Null);
     let mut shown = format!(
@@ -70,7 +74,37 @@ fn show(status: &Value) -> String {
     for (sink, count) in others.filter(|(sink, _)| !known.iter().any(|known| text(known, "name") == *sink)) {
         shown += &format!("\n{count} dead letters of {sink}\n");
     }
+    shown += &refused(status.get("rules").unwrap_or(&Value::Null));
+    if let Some(relays) = status.get("replicas").and_then(Value::as_array) {
+        shown += &format!("\n{}", replicas(relays));
+    }
     shown
+}
+
+/// What is wrong with changed files, if they are not in force.
+fn refused(rules: &Value) -> String {
+    let reload = rules.get("last_reload").filter(|reload| text(reload, "outcome") == "refused");
+    let Some(reload) = reload else { return String::new() };
+    let (at, since) = (text(reload, "at"), text(rules, "loaded_at"));
+    let mut shown = format!("\nreload refused at {at}; in force is what was loaded at {since}\n");
+    for problem in elements(reload, "problems").iter().filter_map(Value::as_str).flat_map(str::lines) {
+        shown += &format!("  {}\n", plain(problem));
+    }
+    shown
+}
+
+/// The relays that share a journal, and which partitions of it each has for which sink.
+fn replicas(relays: &[Value]) -> String {
+    let share = |share: &Value| {
+        let partitions: Vec<_> = elements(share, "partitions").iter().map(Value::to_string).collect();
+        format!("{} {}", text(share, "name"), if partitions.is_empty() { "-".to_owned() } else { partitions.join(",") })
+    };
+    let row = |relay: &Value| {
+        let [id, version, started_at] = ["id", "version", "started_at"].map(|field| text(relay, field).to_owned());
+        let shares: Vec<_> = elements(relay, "sinks").iter().map(share).collect();
+        vec![id, version, started_at, shares.join("; ")]
+    };
+    table(&["RELAY", "VERSION", "UP SINCE", "PARTITIONS"], &relays.iter().map(row).collect::<Vec<_>>())
 }
 
 fn sinks(sinks: &[Value]) -> String {
@@ -103,4 +137,33 @@ fn sinks(sinks: &[Value]) -> String {
     let headings =
         ["SINK", "TYPE", "STATE", "LAG", "LAG s", "IN FLIGHT", "PARKED", "DEAD", "DELIVERED", "PER s", "LAST ERROR"];
     table(&headings, &sinks.iter().map(row).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_was_refused_and_other_relays_are_shown() {
+        let relay = |id: &str, partitions: Value| {
+            let sinks = json!([{ "name": "crm", "partitions": partitions }, { "name": "ops", "partitions": [7] }]);
+            json!({ "id": id, "version": "1.2.3", "started_at": "2026-01-31T12:00:00Z", "sinks": sinks })
+        };
+        let reload =
+            json!({ "outcome": "refused", "at": "B", "problems": ["routes.toml:1:2: one", "two\nlines\u{1b}"] });
+        let mut status = json!({
+            "rules": { "loaded_at": "A", "last_reload": reload },
+            "replicas": [relay("host-1", json!([0, 2])), relay("b", json!([]))],
+        });
+        let refused =
+            "\nreload refused at B; in force is what was loaded at A\n  routes.toml:1:2: one\n  two\n  lines\\u{1b}\n";
+        let relays = "\nRELAY   VERSION  UP SINCE              PARTITIONS\n\
+                      host-1  1.2.3    2026-01-31T12:00:00Z  crm 0,2; ops 7\n\
+                      b       1.2.3    2026-01-31T12:00:00Z  crm -; ops 7\n";
+        assert!(show(&status).ends_with(&format!("{refused}{relays}")), "{}", show(&status));
+        status["rules"]["last_reload"]["outcome"] = json!("applied");
+        assert!(!show(&status).contains("refused"), "{}", show(&status));
+    }
 }
