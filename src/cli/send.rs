@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{ErrorKind, Write as _};
+use std::io::{self, ErrorKind, Write as _};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,6 +30,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(50);
 /// The most requests at once; this machine has not many more ports.
 const MAX_CONNECTIONS: u64 = 10_000;
+/// Exit status after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
 /// The longest latency that is told apart, in microseconds.
 const MAX_LATENCY_US: u64 = 60_000_000;
 
@@ -69,9 +71,19 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     let sender = Sender::new(arguments, &config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let (started, has_token) = (Instant::now(), sender.token.is_some());
-    let tally = runtime.block_on(sender.send(arguments, global.json))?;
+    let (tally, end) = runtime.block_on(sender.send(arguments, global.json))?;
     print(&tally.summary(started.elapsed(), global.json, has_token)?)?;
-    Ok(if tally.accepted == arguments.count { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(match end? {
+        End::Sent if tally.accepted == arguments.count => ExitCode::SUCCESS,
+        End::Sent => ExitCode::FAILURE,
+        End::Interrupted => ExitCode::from(INTERRUPTED),
+    })
+}
+
+/// How it ended.
+enum End {
+    Sent,
+    Interrupted,
 }
 
 /// Posts events; shared by all connections.
@@ -117,7 +129,8 @@ impl Sender {
         Ok(Self { client, url, token, signed, next, tally })
     }
 
-    async fn send(self, arguments: &Arguments, json: bool) -> anyhow::Result<Tally> {
+    /// What came of it, also where it ended early.
+    async fn send(self, arguments: &Arguments, json: bool) -> anyhow::Result<(Tally, anyhow::Result<End>)> {
         let progress = if json { ProgressBar::hidden() } else { ProgressBar::new(arguments.count) };
         progress.set_style(bar()?);
         let started = tokio::time::Instant::now();
@@ -125,23 +138,29 @@ impl Sender {
             loop {
                 let number = self.next.fetch_add(1, Ordering::Relaxed);
                 if number >= arguments.count {
-                    return;
+                    return anyhow::Ok(());
                 }
                 if let Some(rate) = arguments.rate {
                     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
                     let due = Duration::from_secs_f64(number as f64 / rate);
                     tokio::time::sleep_until(started + due).await;
                 }
-                self.post(number, sample(arguments.seed, number)).await;
+                let noted = self.post(number, sample(arguments.seed, number)).await;
+                noted.context("can't write to the file of acknowledged events")?;
                 progress.inc(1);
             }
         });
-        futures_util::future::join_all(connections).await;
+        let end = tokio::select! {
+            biased;
+            interrupted = tokio::signal::ctrl_c() => interrupted.map(|()| End::Interrupted).map_err(Into::into),
+            sent = futures_util::future::try_join_all(connections) => sent.map(|_| End::Sent),
+        };
         progress.finish_and_clear();
-        Ok(self.tally.into_inner().unwrap_or_else(PoisonError::into_inner))
+        Ok((self.tally.into_inner().unwrap_or_else(PoisonError::into_inner), end))
     }
 
-    async fn post(&self, number: u64, body: String) {
+    /// Fails only where the event can't be noted.
+    async fn post(&self, number: u64, body: String) -> io::Result<()> {
         let started = Instant::now();
         let mut request =
             self.client.post(self.url.clone()).header("content-type", "application/json").body(body.clone());
@@ -162,21 +181,28 @@ impl Sender {
         };
         let latency = u64::try_from(started.elapsed().as_micros()).unwrap_or(MAX_LATENCY_US);
         let failed = answer.is_err();
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner).count(answer, latency, &body);
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner).count(answer, latency, &body)?;
         if failed {
             tokio::time::sleep(PAUSE).await;
         }
+        Ok(())
     }
 }
 
 impl Tally {
-    fn count(&mut self, answer: reqwest::Result<(StatusCode, bytes::Bytes)>, latency_us: u64, body: &str) {
+    fn count(
+        &mut self,
+        answer: reqwest::Result<(StatusCode, bytes::Bytes)>,
+        latency_us: u64,
+        body: &str,
+    ) -> io::Result<()> {
+        let mut noted = Ok(());
         let answer = match answer {
             Ok((status, content)) => {
                 self.latencies_us.saturating_record(latency_us);
                 if status == StatusCode::OK {
                     self.accepted += 1;
-                    self.note(&content, body);
+                    noted = self.note(&content, body);
                 }
                 status.as_u16().to_string()
             }
@@ -185,16 +211,14 @@ impl Tally {
             Err(error) => format!("connection lost: {}", causes(&error)),
         };
         *self.answers.entry(answer).or_default() += 1;
+        noted
     }
 
-    fn note(&mut self, content: &[u8], body: &str) {
-        let Some(file) = &mut self.acked else { return };
+    fn note(&mut self, content: &[u8], body: &str) -> io::Result<()> {
+        let Some(file) = &mut self.acked else { return Ok(()) };
         let answer: serde_json::Value = serde_json::from_slice(content).unwrap_or_default();
         let id = answer.pointer("/ids/0").and_then(serde_json::Value::as_str).unwrap_or_default();
-        if let Err(error) = writeln!(file, "{}", json!({ "id": id, "body": body })) {
-            tracing::warn!(%error, "can't write the file of acknowledged events");
-            self.acked = None;
-        }
+        writeln!(file, "{}", json!({ "id": id, "body": body }))
     }
 
     /// What came of it, as JSON or for people. Whoever was refused without a token is told how to give one.

@@ -1,8 +1,9 @@
 //! The commands, as people and scripts call them.
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::harness::{Receiver, Setup, TOKEN, event, eventually};
+use crate::harness::{Receiver, Setup, TOKEN, event, eventually, within};
 
 const SHIPPED: &str = include_str!("../../routes.toml");
 
@@ -246,9 +247,9 @@ async fn explain_says_what_each_sink_would_be_sent() {
     assert!(dash.code == Some(0) && dash.stdout.contains("sink crm (by route argentina)"), "{dash:?}");
     let bad = setup.run(&["explain"], "[]").await;
     assert!(bad.code == Some(1) && bad.stderr.contains("array"), "{bad:?}");
-}
     let bad = setup.run(&["explain"], "x").await;
     assert_eq!(bad.stderr, "error: the body is not JSON: expected value at line 1 column 1\n");
+}
 
 #[tokio::test]
 async fn explain_says_the_same_as_is_sent() {
@@ -300,6 +301,42 @@ async fn send_posts_and_sums_up() {
         (Some(1), &0.into(), &3.into()),
         "{summary}"
     );
+}
+
+#[tokio::test]
+async fn send_notes_what_was_acknowledged_or_fails() {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&receiver.routes());
+    let relay = setup.start().await;
+    let done = setup.run(&["send", "--count", "500", "--url", &relay.url(), "--acked", "/dev/full"], "").await;
+    assert!(done.code == Some(1) && done.stdout.contains(" accepted in "), "{done:?}");
+    assert!(done.stderr.contains("can't write to the file of acknowledged events: No space left"), "{done:?}");
+    assert!(receiver.received().len() < 500, "nothing is sent that can't be noted");
+    relay.stop().await;
+}
+
+#[tokio::test]
+async fn send_sums_up_when_it_is_interrupted() {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&receiver.routes());
+    let relay = setup.start().await;
+    for json in [false, true] {
+        let seed = json.to_string().len().to_string();
+        let seen = receiver.received().len();
+        let rate = ["send", "--count", "100000", "--rate", "10", "--url", &relay.url(), "--seed", &seed];
+        let sending = setup.command(&[&rate[..], if json { &["--json"] } else { &[] }].concat()).spawn().unwrap();
+        receiver.wait_for(seen + 2).await;
+        let pid = Pid::from_raw(i32::try_from(sending.id().unwrap()).unwrap()).unwrap();
+        kill_process(pid, Signal::INT).unwrap();
+        let done = within("its end", sending.wait_with_output()).await.unwrap();
+        let summary = String::from_utf8(done.stdout).unwrap();
+        assert_eq!(done.status.code(), Some(130), "{summary}");
+        match json {
+            true => assert!(serde_json::from_str::<Value>(&summary).unwrap()["accepted"].as_u64() >= Some(2)),
+            false => assert!(summary.contains(" accepted in ") && summary.contains("latency in ms"), "{summary}"),
+        }
+    }
+    relay.stop().await;
 }
 
 /// Without a token in its settings it sends none, and without an answer it says why.
@@ -394,14 +431,14 @@ async fn the_command_line() {
         (&["send", "--connections", "0"], "0 is not in 1..=10000"),
         (&["replay", "--sink", "x", "--rate", "0"], "0 is not in 1.."),
         (&["dead-letters", "replay", "--all", "--rate", "0"], "0 is not in 1.."),
+        (&["dead-letters", "discard", "2", "--sink", "x"], "'[IDS]...' cannot be used with"),
+        (&["dead-letters", "discard", "--all", "2"], "'[IDS]...' cannot be used with '--all'"),
+        (&["dead-letters", "replay", "2", "--since", "2h"], "'[IDS]...' cannot be used with"),
+        (&["dead-letters", "replay", "2", "--rate", "5"], "'[IDS]...' cannot be used with '--rate <RATE>'"),
+        (&["dead-letters", "list", "--since", "99999999y"], "\"99999999y\" is no time"),
     ] {
         let done = setup.run(wrong, "").await;
         assert_eq!(done.code, Some(2), "{done:?}");
         assert!(done.stderr.contains("--help") && done.stderr.contains(about), "{about:?}: {done:?}");
     }
 }
-        (&["dead-letters", "discard", "2", "--sink", "x"], "'[IDS]...' cannot be used with"),
-        (&["dead-letters", "discard", "--all", "2"], "'[IDS]...' cannot be used with '--all'"),
-        (&["dead-letters", "replay", "2", "--since", "2h"], "'[IDS]...' cannot be used with"),
-        (&["dead-letters", "replay", "2", "--rate", "5"], "'[IDS]...' cannot be used with '--rate <RATE>'"),
-        (&["dead-letters", "list", "--since", "99999999y"], "\"99999999y\" is no time"),
