@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use utoipa::{IntoParams, ToSchema};
 
 use super::problem::{Failed, Json, Path, Problem, Query};
+use super::up_to::UpTo;
 use super::{BULK_LIMIT, Operated, Shared, limit, time};
 use crate::event::{Event, Field, rfc3339};
 use crate::journal::Position;
@@ -71,6 +72,8 @@ pub(super) struct DeadLetters {
     dead_letters: Vec<DeadLetter>,
     /// Where the next page begins, for `after`; null on the last.
     next: Option<i64>,
+    /// What there is now, for `up_to` of the next page, or of a request that is to take no others.
+    up_to: UpTo,
 }
 
 /// Which dead letters. What is not given does not matter.
@@ -99,8 +102,11 @@ pub(super) struct Selection {
     event_id: Option<String>,
     /// With a higher number.
     after: Option<i64>,
-    /// With at most this number.
-    up_to: Option<i64>,
+    /// With at most this number; or what `up_to` of an answer has, as it is.
+    #[serde(deserialize_with = "UpTo::optional")]
+    #[schema(value_type = Option<UpTo>)]
+    #[param(value_type = Option<String>, pattern = r"^(\d{1,18}|\[\d{1,18}(,\d{1,18})*\])$")]
+    up_to: Option<UpTo>,
     /// How many at most, up to 10,000. Lists have 100 without it, other requests 1,000.
     #[schema(minimum = 1, maximum = 10_000)]
     #[param(minimum = 1, maximum = 10_000)]
@@ -137,8 +143,8 @@ pub(super) struct ReplayLetters {
     event_id: Option<String>,
     /// With a higher number.
     after: Option<i64>,
-    /// With at most this number.
-    up_to: Option<i64>,
+    /// With at most this number; or what `up_to` of an answer has, as it is.
+    up_to: Option<UpTo>,
     /// How many at most, up to 10,000; 1,000 without it.
     #[schema(minimum = 1, maximum = 10_000)]
     limit: Option<usize>,
@@ -161,10 +167,12 @@ pub(super) struct Done {
     /// How many with higher numbers the filter still lets through.
     remaining: u64,
     /// For `up_to` of the next request, so that it does not meet letters that have died again.
-    up_to: i64,
+    up_to: UpTo,
 }
 
-/// Lists dead letters, by number. Pages are stable: what dies meanwhile comes last, and what is gone leaves no hole.
+/// Lists dead letters, by number. Pages are stable: what there was at the first is on one of them unless it is gone, and
+/// what is gone leaves no hole. What dies meanwhile is on none of them with `up_to` of the first. Without, it comes last;
+/// where relays share a journal, last of its partition, so that it is on none if those have been shown.
 #[utoipa::path(
     get,
     path = "/api/v1/dead-letters",
@@ -176,6 +184,7 @@ pub(super) async fn list(
     Query(selection): Query<Selection>,
 ) -> Result<Json<DeadLetters>, Problem> {
     let limit = limit(selection.limit, LIST_LIMIT)?;
+    let up_to = selection.up_to(&operated).await?;
     let filter = selection.filter();
     let mut letters = operated.letters(move |letters| letters.list(&filter, limit + 1)).await?;
     let more = letters.len() > limit;
@@ -184,6 +193,7 @@ pub(super) async fn list(
     Ok(Json(DeadLetters {
         dead_letters: letters.into_iter().map(|letter| DeadLetter::new(letter, false)).collect(),
         next,
+        up_to,
     }))
 }
 
@@ -241,7 +251,7 @@ pub(super) async fn replay(
 }
 
 /// Tries dead letters again, by filter. One request takes up to `limit` of them; to take all, repeat it with `after` and
-/// `up_to` of the answer until nothing is remaining. What dies again is a new dead letter, with a higher number.
+/// `up_to` of the answer until nothing is remaining. What dies again is a new dead letter, beyond that `up_to`.
 #[utoipa::path(
     post,
     path = "/api/v1/dead-letters/replay",
@@ -262,7 +272,7 @@ pub(super) async fn replay_all(
     }
     let chunk = rate.map_or(CHUNK, |rate| (rate as usize / PACES).clamp(1, CHUNK));
     let mut rest = Rest::new(&operated, selection).await?;
-    let mut done = Done { done: 0, skipped: 0, last: None, remaining: 0, up_to: rest.up_to };
+    let mut done = Done { done: 0, skipped: 0, last: None, remaining: 0, up_to: rest.up_to.clone() };
     let (mut turn, mut left) = (Instant::now(), limit);
     while let letters = rest.next(&operated, chunk.min(left)).await?
         && !letters.is_empty()
@@ -312,20 +322,13 @@ fn gone(id: i64) -> Problem {
 struct Rest {
     filter: Filter,
     last: Option<i64>,
-    up_to: i64,
+    up_to: UpTo,
 }
 
 impl Rest {
     async fn new(operated: &Operated, selection: Selection) -> Result<Self, Problem> {
-        let mut filter = selection.filter();
-        let up_to = match filter.up_to {
-            Some(up_to) => up_to,
-            None => {
-                let filter = filter.clone();
-                operated.letters(move |letters| letters.count(&filter)).await?.1
-            }
-        };
-        filter.up_to = Some(up_to);
+        let up_to = selection.up_to(operated).await?;
+        let filter = Selection { up_to: Some(up_to.clone()), ..selection }.filter();
         Ok(Self { last: filter.after, filter, up_to })
     }
 
@@ -343,7 +346,7 @@ impl Rest {
     /// The last that was looked at, and how many there are after it.
     async fn left(&self, operated: &Operated) -> Result<(Option<i64>, u64), Problem> {
         let filter = Filter { after: self.last, ..self.filter.clone() };
-        Ok((self.last, operated.letters(move |letters| letters.count(&filter)).await?.0))
+        Ok((self.last, operated.letters(move |letters| letters.count(&filter)).await?))
     }
 }
 
@@ -417,7 +420,16 @@ fn routed(operated: &Operated, letter: &Letter, scratch: &mut Scratch) -> Vec<St
 }
 
 impl Selection {
+    /// What is given, or else what there is now. A number alone does not say where partitions end.
+    async fn up_to(&self, operated: &Operated) -> Result<UpTo, Problem> {
+        match &self.up_to {
+            Some(up_to @ UpTo::Each(_)) => Ok(up_to.clone()),
+            Some(UpTo::Number(_)) | None => UpTo::now(operated, self.filter()).await,
+        }
+    }
+
     fn filter(&self) -> Filter {
+        let (up_to, ends) = self.up_to.clone().map_or((None, None), UpTo::bounds);
         Filter {
             sink: self.sink.clone(),
             status: self.status.clone(),
@@ -428,7 +440,8 @@ impl Selection {
             key: self.key.clone(),
             event_id: self.event_id.clone(),
             after: self.after,
-            up_to: self.up_to,
+            up_to,
+            ends,
         }
     }
 }
@@ -445,7 +458,7 @@ impl ReplayLetters {
 
 impl Done {
     fn one(id: i64, done: u64) -> Self {
-        Self { done, skipped: 0, last: Some(id), remaining: 0, up_to: id }
+        Self { done, skipped: 0, last: Some(id), remaining: 0, up_to: UpTo::Number(id) }
     }
 }
 

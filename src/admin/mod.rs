@@ -28,6 +28,7 @@ mod sinks;
 mod store;
 mod stream;
 mod time;
+mod up_to;
 
 use std::io;
 use std::net::SocketAddr;

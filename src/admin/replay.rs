@@ -12,7 +12,7 @@ use super::time::Period;
 use super::{BULK_LIMIT, Operated, Shared, limit, position, time};
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Start};
-use crate::ledger::Millis;
+use crate::ledger::{self, Millis};
 use crate::routing::{Scratch, SinkId, Table, When};
 
 /// How much of the journal one request reads, in bytes.
@@ -30,7 +30,7 @@ pub(super) struct Replay {
     #[serde(default, deserialize_with = "time::optional")]
     #[schema(value_type = Option<String>, format = "date-time")]
     since: Option<Millis>,
-    /// Received before this time.
+    /// Received before this time; without it, the time of the request.
     #[serde(default, deserialize_with = "time::optional")]
     #[schema(value_type = Option<String>, format = "date-time")]
     until: Option<Millis>,
@@ -60,10 +60,14 @@ pub(super) struct Replayed {
     next: Option<i64>,
     /// For `up_to` of the next request.
     up_to: i64,
+    /// For `until` of the next request, so that it does not meet what was received meanwhile.
+    #[schema(format = "date-time")]
+    until: String,
 }
 
 /// Sends retained events to a sink again, whether they were delivered or not. One request takes up to `limit` of them, and
-/// reads a part of the journal; to take all, repeat it with `from` and `up_to` of the answer until `next` is null.
+/// reads a part of the journal; to take all, repeat it with `next` of the answer as `from`, and its `up_to` and `until`, until
+/// `next` is null.
 #[utoipa::path(
     post,
     path = "/api/v1/replay",
@@ -81,7 +85,9 @@ pub(super) async fn replay(
     let up_to = position("up_to", replay.up_to)?.map_or(end, |up_to| up_to.min(end));
     let table = operated.table();
     let sink = table.sink(&replay.sink).ok_or_else(|| Problem::internal("the sink is not in the rules"))?;
-    let period = Period { since: replay.since, until: replay.until };
+    // Where relays share a journal, its partitions are read one after the other, each up to where it ends by then.
+    let until = replay.until.unwrap_or_else(|| ledger::now() + 1);
+    let period = Period { since: replay.since, until: Some(until) };
     let start = position("from", replay.from)?.map_or_else(|| period.start(), Start::At);
     let search = Search { table, sink, period, when, up_to, limit };
     operated.letters.has_room(&lane).await?;
@@ -93,7 +99,7 @@ pub(super) async fn replay(
         operated.letters.resend(&replay.sink, &lane, events).await?;
     }
     let next = (next < up_to).then(|| next.to_stored());
-    Ok(Json(Replayed { replayed, scanned, next, up_to: up_to.to_stored() }))
+    Ok(Json(Replayed { replayed, scanned, next, up_to: up_to.to_stored(), until: time::text(until) }))
 }
 
 struct Search {

@@ -60,6 +60,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
         let Some(next) = next else { break };
         body.insert("from".to_owned(), json!(next));
         body.insert("up_to".to_owned(), json!(up_to));
+        body.insert("until".to_owned(), answer.get("until").cloned().unwrap_or_default());
         if let Some(rate) = arguments.rate {
             std::thread::sleep(Duration::from_secs(count) / rate);
         }

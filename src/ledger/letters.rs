@@ -9,6 +9,7 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params_from_iter};
 
 use super::{BUSY, LedgerError, Millis};
+use crate::journal::kafka::OFFSET_BITS;
 
 /// Which dead letters. What is not given does not matter.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +34,8 @@ pub struct Filter {
     pub after: Option<i64>,
     /// With at most this number.
     pub up_to: Option<i64>,
+    /// With at most the number of these that is of the same partition of the journal.
+    pub ends: Option<Vec<i64>>,
 }
 
 /// A dead letter.
@@ -95,16 +98,30 @@ impl Letters {
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
-    /// How many the filter lets through, and the highest number of any.
+    /// How many the filter lets through.
     ///
     /// # Errors
     ///
     /// [`LedgerError`].
-    pub fn count(&self, filter: &Filter) -> Result<(u64, i64), LedgerError> {
+    pub fn count(&self, filter: &Filter) -> Result<u64, LedgerError> {
         let (condition, values) = filter.sql();
-        let sql = format!("SELECT count(*), coalesce(max(id), 0) FROM dead_letters WHERE {condition}");
-        let row = |row: &Row<'_>| Ok((row.get::<_, i64>(0)?.unsigned_abs(), row.get(1)?));
-        Ok(self.0.prepare_cached(&sql)?.query_row(params_from_iter(values), row)?)
+        let sql = format!("SELECT count(*) FROM dead_letters WHERE {condition}");
+        let count = |row: &Row<'_>| Ok(row.get::<_, i64>(0)?.unsigned_abs());
+        Ok(self.0.prepare_cached(&sql)?.query_row(params_from_iter(values), count)?)
+    }
+
+    /// The highest number of those that the filter lets through; of each partition, where the journal has some. Whatever
+    /// dies later has a higher one than those of its partition.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`].
+    pub fn ends(&self, filter: &Filter) -> Result<Vec<i64>, LedgerError> {
+        let (condition, values) = filter.sql();
+        let sql = format!("SELECT max(id) FROM dead_letters WHERE {condition} GROUP BY id >> {OFFSET_BITS}");
+        let mut statement = self.0.prepare_cached(&sql)?;
+        let ends = statement.query_map(params_from_iter(values), |row| row.get(0))?;
+        Ok(ends.collect::<Result<_, _>>()?)
     }
 
     /// The dead letter of that number.
@@ -133,6 +150,9 @@ impl Filter {
     fn sql(&self) -> (String, Vec<Value>) {
         let text = |value: &Option<String>| value.clone().map(Value::Text);
         let number = |value: Option<i64>| value.map(Value::Integer);
+        let ends = self.ends.as_ref().map(|ends| Value::Text(format!("{ends:?}")));
+        let end =
+            format!("id <= (SELECT max(value) FROM json_each(?) WHERE value >> {OFFSET_BITS} = id >> {OFFSET_BITS})");
         let conditions = [
             ("lane = ?", text(&self.sink)),
             ("status = ?", text(&self.status)),
@@ -144,6 +164,7 @@ impl Filter {
             ("event_id = ?", text(&self.event_id)),
             ("id > ?", number(self.after)),
             ("id <= ?", number(self.up_to)),
+            (&end, ends),
         ];
         let (sql, values): (Vec<_>, Vec<_>) =
             conditions.into_iter().filter_map(|(sql, value)| Some((sql, value?))).unzip();

@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt as _;
 use bytes::Bytes;
 
 use super::*;
+use crate::journal::kafka::number_of;
 
 fn at(position: i64) -> Position {
     Position::from_stored(position)
@@ -14,7 +15,11 @@ fn progress(cursor: i64, ahead: &[i64]) -> Progress {
 }
 
 fn dead(position: i64, status: &str) -> Change {
-    Change::Bury(Box::new(DeadLetter {
+    Change::Bury(Box::new(letter(position, status)))
+}
+
+fn letter(position: i64, status: &str) -> DeadLetter {
+    DeadLetter {
         position: at(position),
         event_id: format!("evt_{position}"),
         status: Some(status.into()),
@@ -26,7 +31,7 @@ fn dead(position: i64, status: &str) -> Change {
         attempts: 1,
         first_failed_at: None,
         record: Bytes::from_static(b"record"),
-    }))
+    }
 }
 
 fn park(position: i64, key: Option<&str>, due_at: Millis) -> Change {
@@ -76,7 +81,7 @@ async fn progress_and_dead_letters_survive_reopening() {
     drop(ledger);
     thread.join().unwrap();
     let letters = Letters::open(&path).unwrap();
-    assert_eq!(letters.count(&Filter::default()).unwrap().0, 2, "the one that died twice counts once");
+    assert_eq!(letters.count(&Filter::default()).unwrap(), 2, "the one that died twice counts once");
     let sent = Filter { status: Some("sent".into()), sink: Some("crm".into()), ..Filter::default() };
     assert_eq!(letters.list(&sent, 10).unwrap().len(), 1);
     let found = Ledger::open(&path).unwrap().progress;
@@ -202,7 +207,35 @@ async fn dead_letters_are_exhumed_in_order() {
     assert!(letters.get(3).unwrap().is_none());
     assert_eq!(ledger.close_lane("crm").await.unwrap(), 2);
     let gone = Filter { reason: Some("sink_removed".into()), ..Filter::default() };
-    assert_eq!(letters.count(&gone).unwrap().0, 2);
+    assert_eq!(letters.count(&gone).unwrap(), 2);
+}
+
+/// Numbers of relays that share a journal grow in each of its partitions by itself.
+#[test]
+fn dead_letters_are_those_up_to_an_end_of_each_partition() {
+    let mut connection = Connection::open("").unwrap();
+    schema::prepare(&mut connection, "".as_ref()).unwrap();
+    let id = |partition, offset| number_of(partition, offset).to_stored();
+    let die = |connection: &Connection, partition, offset| {
+        let sink = format!("of-{partition}");
+        changes::bury(connection, Some(id(partition, offset)), &sink, &letter(offset, "sent"), 1).unwrap();
+    };
+    for (partition, offset) in [(0, 5), (0, 7), (2, 1)] {
+        die(&connection, partition, offset);
+    }
+    let all = Filter::default();
+    let letters = Letters::of(connection);
+    let ends = letters.ends(&all).unwrap();
+    assert_eq!(ends, [id(0, 7), id(2, 1)]);
+    assert_eq!(letters.ends(&Filter { up_to: Some(id(0, 6)), ..all.clone() }).unwrap(), [id(0, 5)]);
+    for (partition, offset) in [(0, 8), (1, 0), (2, 2)] {
+        die(letters.connection(), partition, offset);
+    }
+    let list = |filter: &Filter| letters.list(filter, 9).unwrap().iter().map(|letter| letter.id).collect::<Vec<_>>();
+    let filter = Filter { ends: Some(ends), ..all };
+    assert_eq!(list(&filter), [id(0, 5), id(0, 7), id(2, 1)]);
+    assert_eq!(list(&Filter { after: Some(id(0, 5)), ..filter }), [id(0, 7), id(2, 1)]);
+    assert_eq!(list(&Filter { ends: Some(Vec::new()), ..Filter::default() }), Vec::<i64>::new());
 }
 
 /// Overwrites the page of the file that holds `text`.

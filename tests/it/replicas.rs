@@ -159,6 +159,73 @@ async fn dead_letters_are_those_of_all() {
     stop(relays).await;
 }
 
+/// What dies meanwhile has numbers among those that were there: each partition has its own.
+#[tokio::test]
+async fn dead_letters_that_die_meanwhile_are_left_out() {
+    let receiver = Receiver::start(|_| Reply::Status(400)).await;
+    let relays = pair(&rules(&receiver), "").await;
+    let die = async |numbers: std::ops::Range<u32>, in_all: usize| {
+        for number in numbers {
+            assert_eq!(relays[0].post(event(number, "sent")).await.status, 200);
+        }
+        agree(&relays, "to know all dead letters", |status| status["dead_letters"]["http"] == in_all).await;
+    };
+    die(0..12, 12).await;
+    let mut replay = json!({ "sink": "http", "limit": 3 });
+    for round in 1..=4 {
+        let answer = relays[round % 2].operate("/api/v1/dead-letters/replay", &replay).await;
+        assert_eq!((&answer["done"], &answer["remaining"]), (&json!(3), &json!(12 - 3 * round)), "{answer}");
+        receiver.wait_for(12 + 3 * round).await;
+        agree(&relays, "to know that they have died again", |status| status["dead_letters"]["http"] == 12).await;
+        (replay["after"], replay["up_to"]) = (answer["last"].clone(), answer["up_to"].clone());
+    }
+    let replayed = relays[0].command_json(&["dead-letters", "replay", "--sink", "http"]).await;
+    assert_eq!(replayed["replayed"], 12, "{replayed}");
+    receiver.wait_for(36).await;
+    agree(&relays, "to know that they have died again", |status| status["dead_letters"]["http"] == 12).await;
+
+    let first = relays[0].get("/api/v1/dead-letters?limit=5").await;
+    die(12..24, 24).await;
+    let path = format!("/api/v1/dead-letters?limit=20&after={}&up_to={}", first["next"], first["up_to"]);
+    let second = relays[1].get(&path).await;
+    let listed = |page: &Value| page["dead_letters"].as_array().map(Vec::len);
+    assert_eq!((listed(&first), listed(&second), &second["next"]), (Some(5), Some(7), &Value::Null), "{second}");
+    let discard = json!({ "after": first["next"], "up_to": first["up_to"] });
+    let discarded = relays[1].operate("/api/v1/dead-letters/discard", &discard).await;
+    assert_eq!((&discarded["done"], &discarded["remaining"]), (&json!(7), &json!(0)), "{discarded}");
+    stop(relays).await;
+}
+
+#[tokio::test]
+async fn what_comes_in_meanwhile_is_not_sent_again() {
+    let receiver = Receiver::accepting().await;
+    let relays = pair(&rules(&receiver), "").await;
+    let post = async |numbers: std::ops::Range<u32>| {
+        for number in numbers {
+            assert_eq!(relays[0].post(event(number, "sent")).await.status, 200);
+        }
+    };
+    post(0..12).await;
+    receiver.wait_for(12).await;
+    let mut replay = json!({ "sink": "http", "limit": 3 });
+    let mut replayed = 0;
+    loop {
+        let answer = relays[1].operate("/api/v1/replay", &replay).await;
+        replayed += answer["replayed"].as_u64().expect("a number");
+        if replayed == 3 {
+            post(12..24).await;
+        }
+        if answer["next"].is_null() {
+            break;
+        }
+        (replay["from"], replay["up_to"]) = (answer["next"].clone(), answer["up_to"].clone());
+        replay["until"] = answer["until"].clone();
+    }
+    assert_eq!(replayed, 12);
+    receiver.wait_for(36).await;
+    stop(relays).await;
+}
+
 #[tokio::test]
 async fn what_is_kept_is_sent_again_and_compared() {
     let receiver = Receiver::accepting().await;

@@ -386,7 +386,7 @@ const refreshFailures = refresher(1, async () => {
 // ---- dead letters --------------------------------------------------------------------------------------------------
 
 let shownLetters = LETTERS;
-let letters = { dead_letters: [], next: null };
+let letters = { dead_letters: [], next: null, up_to: 0 };
 let letterLoads = 0;
 let sinkNames = "";
 
@@ -474,7 +474,7 @@ async function discard(id) {
 
 // Does something with all dead letters that match now, a thousand at a time.
 async function all(what, verb) {
-  const { dead_letters: list, next } = letters;
+  const { dead_letters: list, next, up_to } = letters;
   const wanted = filter();
   const words = Object.entries(wanted).map(([name, text]) => `${name.replace("_", " ")} ${text}`);
   const number = next === null ? count(list.length) : `more than ${count(list.length)}`;
@@ -482,7 +482,7 @@ async function all(what, verb) {
   const loss = what === "discard" ? " Their events are not delivered." : "";
   if (!(await confirmed(`${verb} ${number} dead letters${which}?${loss}`, `${verb} all`))) return;
   // Not those that nobody has seen yet.
-  let body = { ...wanted, limit: 1000, ...(next === null && { up_to: list.at(-1).id }) };
+  let body = { ...wanted, limit: 1000, ...(next === null && { up_to }) };
   let [done, skipped] = [0, 0];
   for (let remaining = 1; remaining > 0; ) {
     const answer = await send("POST", `dead-letters/${what}`, body);

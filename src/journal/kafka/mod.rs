@@ -101,7 +101,7 @@ impl KeyBy {
 /// The header by which an entry is known that an operator sends again. No sink can be called so.
 const REPLAYED: &str = "engage-relay:replayed";
 /// So many bits of a number that stands for a place are the offset's.
-const OFFSET_BITS: u32 = 44;
+pub const OFFSET_BITS: u32 = 44;
 
 /// A number for a place in a topic, the same on every replica.
 pub fn number_of(partition: i32, offset: i64) -> Position {
