@@ -8,28 +8,34 @@ use serde_json::json;
 
 use super::{BAD_CONFIGURATION, Global, print};
 use crate::config::Problem;
-use crate::journal::{self, kafka};
+use crate::journal;
+use crate::journal::kafka::{self, OpenError};
 use crate::reload::{LoadError, Loaded};
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// Also ask the brokers of a journal on Kafka: topics that are missing are made, the others checked
+    /// Also ask the brokers of a journal on Kafka: topics that are missing are made, the others checked, and a group is joined
     #[arg(long)]
     connect: bool,
 }
 
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let (summary, problems, warnings) = match global.sources().load().0 {
+    let (summary, problems, warnings, code) = match global.sources().load().0 {
         Ok(loaded) => {
-            if arguments.connect {
-                connect(&loaded)?;
-            }
+            let refused = if arguments.connect { connect(&loaded)? } else { Ok(()) };
             let Loaded { config, rules, warnings, problems } = loaded;
             let (routes, sinks) = (rules.table.routes().len(), rules.sinks.len());
             let summary = format!("{}: ok, {routes} routes, {sinks} sinks", config.routes.display());
-            (Some(summary), problems.into_iter().map(Problem::InFile).collect(), warnings)
+            let mut problems: Vec<_> = problems.into_iter().map(Problem::InFile).collect();
+            match refused {
+                Ok(()) => (Some(summary), problems, warnings, ExitCode::SUCCESS),
+                Err((refused, code)) => {
+                    problems.extend(refused.into_iter().map(Problem::from));
+                    (None, problems, warnings, code)
+                }
+            }
         }
-        Err(LoadError { problems, warnings }) => (None, problems, warnings),
+        Err(LoadError { problems, warnings }) => (None, problems, warnings, BAD_CONFIGURATION.into()),
     };
     let ok = summary.is_some();
     if global.json {
@@ -46,14 +52,23 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
         let summary = summary.unwrap_or_else(|| format!("{errors} errors; nothing would be applied"));
         print(&format!("{text}{summary}\n"))?;
     }
-    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIGURATION) })
+    Ok(code)
 }
 
-fn connect(loaded: &Loaded) -> anyhow::Result<()> {
+/// Whether brokers are as the settings need them, or else all that is wrong and the exit status that says so.
+fn connect(loaded: &Loaded) -> anyhow::Result<Result<(), (Vec<String>, ExitCode)>> {
     let journal = &loaded.config.journal;
-    if journal.kind == journal::Kind::Kafka {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        runtime.block_on(kafka::prepare(&journal.kafka(), Duration::ZERO))?;
+    if journal.kind != journal::Kind::Kafka {
+        return Ok(Ok(()));
     }
-    Ok(())
+    let (config, refused) = (journal.kafka(), ExitCode::from(BAD_CONFIGURATION));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    Ok(match runtime.block_on(kafka::prepare(&config, Duration::ZERO)) {
+        Ok(_) => kafka::try_to_join(&config).map_err(|problem| (vec![problem], refused)),
+        Err(OpenError::Topics(problems)) => Err((problems, refused)),
+        // The settings may be right.
+        Err(error @ (OpenError::Unreachable { .. } | OpenError::Client(_))) => {
+            Err((vec![error.to_string()], ExitCode::FAILURE))
+        }
+    })
 }

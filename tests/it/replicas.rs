@@ -306,25 +306,27 @@ async fn a_sink_that_is_gone_at_a_start_is_told_of() {
 #[tokio::test]
 async fn topics_that_would_lose_events_are_refused() {
     let receiver = Receiver::accepting().await;
-    let refused = async |topic: &str, made: &[(&str, &str)], expected: &str| {
+    let refused = async |topic: &str, made: &[(&str, &str)], expected: &[&str]| {
         let prefix = unique("refused");
         create_topic(&shared_kafka(), &format!("{prefix}.{topic}"), made).await;
         let setup = Setup::new(&receiver.routes());
         setup.file("relay.toml", &settings(&prefix, ""));
-        for arguments in [&["check", "--connect"][..], &["run"]] {
+        for (arguments, code) in [(&["check", "--connect"][..], 64), (&["run"], 1)] {
             let done = setup.run(arguments, "").await;
-            assert_eq!(done.code, Some(1), "{done:?}");
-            assert!(done.stderr.contains(expected), "{done:?}\n should have {expected}");
+            assert_eq!(done.code, Some(code), "{done:?}");
+            let said = if code == 64 { &done.stdout } else { &done.stderr };
+            assert!(expected.iter().all(|expected| said.contains(expected)), "{done:?}\n should have {expected:?}");
         }
     };
-    refused("events", &[("cleanup.policy", "compact")], "cleanup.policy is \"compact\", and should be delete").await;
-    refused("events", &[("retention.ms", "60000")], "retention.ms is \"60000\", and should be at least").await;
-    refused("events", &[("retention.bytes", "1000000")], "retention.bytes is \"1000000\", and should be -1").await;
-    refused("events", &[("max.message.bytes", "900000")], "max.message.bytes is \"900000\", and should be at least")
-        .await;
-    refused("parked", &[("cleanup.policy", "delete")], "cleanup.policy is \"delete\", and should be compact").await;
+    let kept = "retention.ms is \"60000\", and should be at least";
+    let bytes = "retention.bytes is \"1000000\", and should be -1";
+    refused("events", &[("cleanup.policy", "compact")], &["cleanup.policy is \"compact\", and should be delete"]).await;
+    refused("events", &[("retention.ms", "60000"), ("retention.bytes", "1000000")], &[kept, bytes]).await;
+    let long = "max.message.bytes is \"900000\", and should be at least";
+    refused("events", &[("max.message.bytes", "900000")], &[long]).await;
+    refused("parked", &[("cleanup.policy", "delete")], &["cleanup.policy is \"delete\", and should be compact"]).await;
     let unclean = [("cleanup.policy", "compact"), ("unclean.leader.election.enable", "true")];
-    refused("dead-letters", &unclean, "election.enable is \"true\", and should be false").await;
+    refused("dead-letters", &unclean, &["election.enable is \"true\", and should be false"]).await;
 }
 
 #[tokio::test]
@@ -341,11 +343,15 @@ async fn topics_are_made_or_checked_without_serving() {
     assert!(done.stdout.contains("journal.min_insync is 2; it must be from 1 to journal.replication, 1"), "{done:?}");
     setup.file("relay.toml", &settings(&prefix, "").replace("replication = 1", "replication = 2"));
     let done = setup.run(&["check", "--connect"], "").await;
-    assert!(done.stderr.contains("it has 1 replicas, fewer than journal.replication, 2"), "{done:?}");
+    // Each of the four.
+    let too_few = done.stdout.matches("it has 1 replicas, fewer than journal.replication, 2").count();
+    assert_eq!((done.code, too_few), (Some(64), 4), "{done:?}");
     let nobody = settings(&prefix, "").replace(&shared_kafka(), "127.0.0.1:9");
     setup.file("relay.toml", &nobody);
-    let done = setup.run(&["check", "--connect"], "").await;
-    assert!(done.stderr.contains("Kafka can't be reached at 127.0.0.1:9"), "{done:?}");
+    let done = setup.run(&["check", "--connect", "--json"], "").await;
+    let said: Value = serde_json::from_str(&done.stdout).expect("JSON");
+    assert_eq!((done.code, &said["ok"]), (Some(1), &json!(false)), "{done:?}");
+    assert!(said["problems"].to_string().contains("Kafka can't be reached at 127.0.0.1:9"), "{said}");
 }
 
 #[tokio::test]

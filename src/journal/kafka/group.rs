@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use rdkafka::config::{FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext, ConsumerGroupMetadata, Rebalance};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
 use rdkafka::{ClientContext, Offset, TopicPartitionList};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
@@ -49,10 +49,20 @@ pub enum Moved {
     },
 }
 
+/// Why this replica is not in a group.
+#[derive(Clone, Debug)]
+pub struct NotJoined {
+    /// When it was last tried.
+    pub at: SystemTime,
+    /// What brokers or librdkafka say.
+    pub reason: String,
+}
+
 /// This replica's membership of a group.
 pub struct Group {
     consumer: Arc<BaseConsumer<Membership>>,
     right: Right,
+    not_joined: Arc<ArcSwapOption<NotJoined>>,
     topic: String,
     leaving: Arc<AtomicBool>,
     thread: JoinHandle<()>,
@@ -70,6 +80,7 @@ struct Membership {
     log: Log,
     moved: mpsc::Sender<Moved>,
     right: Right,
+    not_joined: Arc<ArcSwapOption<NotJoined>>,
 }
 
 /// What says in which generation of the group this replica is a member, as of the last time that partitions were shared out.
@@ -83,20 +94,10 @@ impl Group {
     ///
     /// librdkafka refuses it.
     pub fn join(config: &Config, sink: &str, readers: Arc<Readers>) -> KafkaResult<(Self, mpsc::Receiver<Moved>)> {
-        let (moved, moves) = mpsc::channel(MOVES);
-        let mut client = config.consumer(&config.group(sink));
-        client.set("partition.assignment.strategy", "cooperative-sticky");
-        let rejoin = REJOIN.max(config.session_timeout()).as_millis().to_string();
-        for name in ["max.poll.interval.ms", "topic.metadata.refresh.interval.ms"] {
-            if !config.options.contains_key(name) {
-                client.set(name, &rejoin);
-            }
-        }
-        let right = Right::default();
-        let context = Membership { log: Log::of_sink(sink), moved, right: Arc::clone(&right) };
-        let consumer = Arc::new(BaseConsumer::from_config_and_context(&client, context)?);
+        let (membership, moves) = Membership::new(Log::of_sink(sink));
+        let (right, not_joined) = (Arc::clone(&membership.right), Arc::clone(&membership.not_joined));
         let topic = config.events();
-        consumer.subscribe(&[&topic])?;
+        let consumer = Arc::new(membership.join(config, &config.group(sink), &topic)?);
         let leaving = Arc::new(AtomicBool::new(false));
         let (member, leave) = (Arc::clone(&consumer), Arc::clone(&leaving));
         let run = move || {
@@ -115,7 +116,7 @@ impl Group {
         };
         let thread = std::thread::Builder::new().name(format!("group-{sink}")).spawn(run);
         let thread = thread.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-        Ok((Self { consumer, right, topic, leaving, thread }, moves))
+        Ok((Self { consumer, right, not_joined, topic, leaving, thread }, moves))
     }
 
     /// For those who commit offsets.
@@ -124,12 +125,41 @@ impl Group {
         Member { consumer, right, topic: self.topic.as_str().into() }
     }
 
+    /// Why this replica has no partitions, where that is not because others have them.
+    pub fn not_joined(&self) -> Option<Arc<NotJoined>> {
+        self.not_joined.load_full()
+    }
+
     /// Leaves, so that others take over at once. Whoever is told of moves has to be there still. Blocks.
     pub fn leave(self) {
         self.leaving.store(true, Ordering::Relaxed);
         // Its panic has been reported by the thread itself.
         drop(self.thread.join());
     }
+}
+
+/// Joins a group that is no sink's, and leaves it: brokers that refuse it refuse those of the sinks too. Blocks.
+///
+/// # Errors
+///
+/// Why it can't be joined.
+pub fn try_to_join(config: &Config) -> Result<(), String> {
+    let (membership, moves) = Membership::new(Log::default());
+    let not_joined = Arc::clone(&membership.not_joined);
+    let group = config.group("check.member");
+    let member = membership.join(config, &group, &config.control()).map_err(|error| error.to_string())?;
+    // Dropped before the member, which leaves only when nobody is told any more.
+    let mut moves = moves;
+    let deadline = Instant::now() + TIMEOUT;
+    while moves.try_recv().is_err() {
+        drop(member.poll(POLL));
+        match not_joined.load_full() {
+            Some(refused) => return Err(format!("the group {group} can't be joined: {}", refused.reason)),
+            None if Instant::now() >= deadline => return Err(format!("the group {group} can't be joined in time")),
+            None => {}
+        }
+    }
+    Ok(())
 }
 
 /// The sinks whose groups brokers know, also if nobody is in them. Blocks.
@@ -182,12 +212,43 @@ impl Member {
     }
 }
 
+impl Membership {
+    /// What then comes and goes is told.
+    fn new(log: Log) -> (Self, mpsc::Receiver<Moved>) {
+        let (moved, moves) = mpsc::channel(MOVES);
+        (Self { log, moved, right: Right::default(), not_joined: Arc::default() }, moves)
+    }
+
+    fn join(self, config: &Config, group: &str, topic: &str) -> KafkaResult<BaseConsumer<Self>> {
+        let mut client = config.consumer(group);
+        client.set("partition.assignment.strategy", "cooperative-sticky");
+        let rejoin = REJOIN.max(config.session_timeout()).as_millis().to_string();
+        for name in ["max.poll.interval.ms", "topic.metadata.refresh.interval.ms"] {
+            if !config.options.contains_key(name) {
+                client.set(name, &rejoin);
+            }
+        }
+        let consumer = BaseConsumer::from_config_and_context(&client, self)?;
+        consumer.subscribe(&[topic])?;
+        Ok(consumer)
+    }
+}
+
 impl ClientContext for Membership {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
         self.log.log(level, facility, message);
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
+        // That a broker is away says nothing of the group.
+        let is_away = matches!(
+            error.rdkafka_error_code(),
+            Some(Code::BrokerTransportFailure | Code::AllBrokersDown | Code::Resolve)
+        );
+        if self.right.load().is_none() && !is_away {
+            let not_joined = NotJoined { at: SystemTime::now(), reason: reason.to_owned() };
+            self.not_joined.store(Some(Arc::new(not_joined)));
+        }
         self.log.error(error, reason);
     }
 }
@@ -211,6 +272,7 @@ impl ConsumerContext for Membership {
         match rebalance {
             Rebalance::Assign(list) => {
                 self.right.store(consumer.group_metadata().map(Arc::new));
+                self.not_joined.store(None);
                 if let Err(error) = consumer.pause(list) {
                     warn!(%error, "partitions are read twice");
                 }

@@ -33,7 +33,7 @@ use serde::Deserialize;
 pub use append::{Append, Appender, Journal, View};
 pub use board::{Board, Note};
 pub use ends::Ends;
-pub use group::{Group, Member, Moved, known_sinks};
+pub use group::{Group, Member, Moved, NotJoined, known_sinks, try_to_join};
 pub use reader::{ReadError, Reader, Readers};
 pub use reception::Reception;
 pub use scan::Scan;
@@ -293,22 +293,9 @@ pub enum OpenError {
         /// What librdkafka says.
         reason: String,
     },
-    /// A topic could not be made.
-    #[error("the topic {topic} can't be made: {reason}")]
-    Create {
-        /// Which.
-        topic: String,
-        /// What the broker says.
-        reason: String,
-    },
-    /// A topic would weaken what is guaranteed.
-    #[error("the topic {topic} can't be the journal's: {reason}")]
-    Topic {
-        /// Which.
-        topic: String,
-        /// Why.
-        reason: String,
-    },
+    /// Topics could not be made, or would weaken what is guaranteed: all that is wrong with them.
+    #[error("{}", .0.join("; "))]
+    Topics(Vec<String>),
     /// librdkafka can't be used so.
     #[error("a client of Kafka can't be set up")]
     Client(#[from] KafkaError),

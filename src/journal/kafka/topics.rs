@@ -116,29 +116,35 @@ impl<'c> Brokers<'c> {
     async fn prepare(&self) -> Result<Topics, OpenError> {
         let wanted = wanted(self.config);
         let known = self.metadata().await?;
+        let mut problems = Vec::new();
         for topic in wanted.iter().filter(|topic| !known.contains_key(&topic.name)) {
-            self.create(topic).await?;
+            problems.extend(self.create(topic).await?);
         }
+        none(problems)?;
         let found = self.await_topics(&wanted).await?;
+        let mut problems = Vec::new();
         for (topic, described) in wanted.iter().zip(self.describe(&wanted).await?) {
-            let described = described.map_err(|code| wrong(topic, format!("its settings can't be read: {code}")))?;
-            check_settings(self.config, topic, &described.entry_map())?;
-            check_replicas(self.config, topic, found.get(&topic.name))?;
+            match described {
+                Ok(described) => problems.extend(wrong_settings(self.config, topic, &described.entry_map())),
+                Err(code) => problems.push(wrong(&topic.name, format!("its settings can't be read: {code}"))),
+            }
+            problems.extend(too_few_replicas(self.config, topic, found.get(&topic.name)));
         }
         let partitions = |name: &str| found.get(name).map_or(0, |found| found.partitions);
         let events = partitions(&self.config.events());
         for topic in [self.config.parked(), self.config.dead_letters()] {
             let found = partitions(&topic);
             if found != events {
-                let reason =
-                    format!("it has {found} partitions and {} has {events}: give it as many", self.config.events());
-                return Err(OpenError::Topic { topic, reason });
+                let as_many = format!("{} has {events}: give it as many", self.config.events());
+                problems.push(wrong(&topic, format!("it has {found} partitions and {as_many}")));
             }
         }
+        none(problems)?;
         Ok(Topics { partitions: events })
     }
 
-    async fn create(&self, topic: &Wanted) -> Result<(), OpenError> {
+    /// Makes a topic; why not, if so.
+    async fn create(&self, topic: &Wanted) -> Result<Option<String>, OpenError> {
         let config = self.config;
         let (min_insync, max_message) =
             (config.min_insync.to_string(), config.max_message().max(MAX_MESSAGE).to_string());
@@ -152,7 +158,7 @@ impl<'c> Brokers<'c> {
         let created = self.asked(async || self.admin.create_topics([&new], &options()).await).await?;
         match created.into_iter().next() {
             // Another replica was faster.
-            Some(Err((_, Code::TopicAlreadyExists))) | None => Ok(()),
+            Some(Err((_, Code::TopicAlreadyExists))) | None => Ok(None),
             Some(Ok(_)) => {
                 info!(
                     topic = topic.name,
@@ -160,7 +166,7 @@ impl<'c> Brokers<'c> {
                     replication = config.replication,
                     "topic made"
                 );
-                Ok(())
+                Ok(None)
             }
             Some(Err((name, code))) => {
                 let hint = match code {
@@ -169,7 +175,7 @@ impl<'c> Brokers<'c> {
                     }
                     _ => String::new(),
                 };
-                Err(OpenError::Create { topic: name, reason: format!("{code}{hint}") })
+                Ok(Some(format!("the topic {name} can't be made: {code}{hint}")))
             }
         }
     }
@@ -208,8 +214,8 @@ impl<'c> Brokers<'c> {
             match wanted.iter().find(|topic| !found.contains_key(&topic.name)) {
                 None => return Ok(found),
                 Some(missing) if Instant::now() >= deadline => {
-                    let reason = "it was made and does not appear".to_owned();
-                    return Err(OpenError::Create { topic: missing.name.clone(), reason });
+                    let reason = format!("the topic {} was made and does not appear", missing.name);
+                    return Err(OpenError::Topics(vec![reason]));
                 }
                 Some(_) => sleep(POLL).await,
             }
@@ -294,52 +300,54 @@ struct Found {
 }
 
 /// What would lose events, and how to mend it.
-fn check_settings(config: &Config, topic: &Wanted, settings: &HashMap<&str, &ConfigEntry>) -> Result<(), OpenError> {
+fn wrong_settings(config: &Config, topic: &Wanted, settings: &HashMap<&str, &ConfigEntry>) -> Vec<String> {
     let value = |name: &str| settings.get(name).and_then(|entry| entry.value.as_deref()).unwrap_or_default();
     let number = |name: &str| value(name).parse::<i64>().unwrap_or(0);
-    let refuse = |name: &str, should: &str, why: &str| {
-        Err(wrong(topic, format!("{name} is {:?}, and should be {should}: {why}", value(name))))
+    let mut problems = Vec::new();
+    let mut refuse = |name: &str, should: &str, why: &str| {
+        problems.push(wrong(&topic.name, format!("{name} is {:?}, and should be {should}: {why}", value(name))));
     };
     if value("cleanup.policy") != topic.cleanup {
-        return refuse("cleanup.policy", topic.cleanup, "otherwise what is still needed would be removed");
+        refuse("cleanup.policy", topic.cleanup, "otherwise what is still needed would be removed");
     }
     if number("min.insync.replicas") < config.min_insync.into() {
         let should = format!("at least journal.min_insync, {}", config.min_insync);
-        return refuse("min.insync.replicas", &should, "what is acknowledged would be on fewer brokers");
+        refuse("min.insync.replicas", &should, "what is acknowledged would be on fewer brokers");
     }
     if value("unclean.leader.election.enable") != "false" {
         let why = "a broker that lacks what was acknowledged could become the leader";
-        return refuse("unclean.leader.election.enable", "false", why);
+        refuse("unclean.leader.election.enable", "false", why);
     }
     let (taken, sent) = (number("max.message.bytes"), i64::try_from(config.max_message()).unwrap_or(i64::MAX));
     if taken < sent {
         let should = format!("at least message.max.bytes of journal.options, {sent}");
-        return refuse("max.message.bytes", &should, "events would be refused, alone or with others");
+        refuse("max.message.bytes", &should, "events would be refused, alone or with others");
     }
     if topic.cleanup == "delete" {
         let (kept, wanted) = (number("retention.ms"), i64::try_from(config.retention.as_millis()).unwrap_or(i64::MAX));
         if kept != -1 && kept < wanted {
             let should = format!("at least journal.retention, {wanted}");
-            return refuse("retention.ms", &should, "events would be removed before they are delivered");
+            refuse("retention.ms", &should, "events would be removed before they are delivered");
         }
         if number("retention.bytes") != -1 {
-            return refuse("retention.bytes", "-1", "events could be removed before they are delivered");
+            refuse("retention.bytes", "-1", "events could be removed before they are delivered");
         }
     }
-    Ok(())
+    problems
 }
 
-fn check_replicas(config: &Config, topic: &Wanted, found: Option<&Found>) -> Result<(), OpenError> {
-    let replicas = found.map_or(0, |found| found.replicas);
-    if replicas < config.replication {
-        let wanted = config.replication;
-        return Err(wrong(topic, format!("it has {replicas} replicas, fewer than journal.replication, {wanted}")));
-    }
-    Ok(())
+fn too_few_replicas(config: &Config, topic: &Wanted, found: Option<&Found>) -> Option<String> {
+    let (replicas, wanted) = (found.map_or(0, |found| found.replicas), config.replication);
+    let reason = || format!("it has {replicas} replicas, fewer than journal.replication, {wanted}");
+    (replicas < wanted).then(|| wrong(&topic.name, reason()))
 }
 
-fn wrong(topic: &Wanted, reason: String) -> OpenError {
-    OpenError::Topic { topic: topic.name.clone(), reason }
+fn wrong(topic: &str, reason: String) -> String {
+    format!("the topic {topic} can't be the journal's: {reason}")
+}
+
+fn none(problems: Vec<String>) -> Result<(), OpenError> {
+    if problems.is_empty() { Ok(()) } else { Err(OpenError::Topics(problems)) }
 }
 
 fn options() -> AdminOptions {
