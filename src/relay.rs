@@ -111,7 +111,9 @@ pub async fn run(
     let listener = listeners.ingress.listen(BACKLOG).map_err(|source| RunError::Listen { listen, source })?;
     operating.operate(operated);
     info!(%listen, path = %config.ingress.path, sinks, %admin, "accepting webhooks");
-    started.serve(listener, shutdown, config.shutdown).await
+    let result = started.serve(listener, shutdown, config.shutdown).await;
+    operating.end().await;
+    result
 }
 
 /// The parts of a running relay.

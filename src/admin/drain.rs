@@ -12,7 +12,6 @@ use tokio::time::{Instant, sleep};
 use utoipa::{IntoParams, ToSchema};
 
 use super::problem::{Failed, Json, Problem, Query};
-use super::replicas::Cluster;
 use super::sinks::{SinkStatus, sinks};
 use super::{Operated, Shared, position};
 use crate::journal::Position;
@@ -98,20 +97,18 @@ pub(super) async fn drain(
 }
 
 /// What a sink has left on all replicas. What nobody has at the moment, nobody has delivered.
-fn left_of(sink: &SinkStatus, operated: &Operated, cluster: &Cluster) -> Left {
-    let unknown = !cluster.has_all(sink, operated.journal.partitions());
+fn left_of(sink: &SinkStatus) -> Left {
     Left {
         name: sink.name().to_owned(),
-        lag_events: sink.lag_events().max(u64::from(unknown)),
+        lag_events: sink.lag_events().max(u64::from(sink.unheld_partitions() > 0)),
         parked: sink.parked(),
         paused: sink.is_paused(),
     }
 }
 
 async fn left(operated: &Operated, up_to: Position) -> Result<Vec<Left>, Problem> {
-    if let Some(cluster) = &operated.cluster {
-        let sinks = sinks(operated, &HashMap::new()).await?;
-        return Ok(sinks.into_iter().map(|sink| left_of(&sink, operated, cluster)).collect());
+    if operated.cluster.is_some() {
+        return Ok(sinks(operated, &HashMap::new()).await?.iter().map(left_of).collect());
     }
     let live = operated.live.load_full();
     let sinks = live.lanes.iter().map(|(name, control)| async move {

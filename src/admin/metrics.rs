@@ -1,5 +1,6 @@
 //! `/metrics`: what the parts count, and what the lanes are doing at the moment, as Prometheus reads it.
 
+use std::collections::HashMap;
 use std::time::SystemTime;
 
 use axum::extract::State;
@@ -8,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use prometheus::{Encoder as _, Error, Gauge, GaugeVec, Opts, Registry, TEXT_FORMAT, TextEncoder};
 
 use super::problem::Problem;
+use super::replicas::Cluster;
 use super::sinks::dead_letters;
 use super::{Operated, Shared};
 use crate::journal::disk;
@@ -32,15 +34,27 @@ async fn at_the_moment(operated: &Operated) -> Result<Result<Registry, Error>, P
     // One whose sink was removed meanwhile is left out.
     let lanes = futures_util::future::join_all(lanes).await;
     let lanes: Vec<_> = lanes.into_iter().filter_map(|(name, status)| Some((name.as_str(), status.ok()?))).collect();
-    let dead_letters = dead_letters(operated).await?;
+    // Sums over all relays are right: what is the same for all is told by one of them, whoever has which partition.
+    let cluster = operated.cluster.as_ref();
+    let dead_letters = match cluster.is_none_or(Cluster::tells) {
+        true => dead_letters(operated).await?,
+        false => HashMap::new(),
+    };
+    let unheld = |sink: &str| match cluster.filter(|cluster| cluster.tells()) {
+        Some(cluster) => cluster.unheld(sink, operated.journal.partitions()) as f64,
+        None => 0.0,
+    };
     // Also where there are none.
     let none = lanes.iter().map(|(sink, _)| *sink).chain([UNROUTED]).map(|sink| (sink, 0.0));
     let dead_letters = none.chain(dead_letters.iter().map(|(sink, count)| (sink.as_str(), *count as f64)));
     let registry = Registry::new();
     let show = || {
         of_sinks(&registry, &lanes)?;
-        let help = "Deliveries of a sink that will not be tried again.";
+        let help = "Deliveries that will not be tried again; where relays share the journal, one of them tells all.";
         by_sink(&registry, "relay_sink_dead_letters", help, dead_letters.clone())?;
+        let help = "Partitions that no relay delivers from, where relays share the journal; one of them says so.";
+        let unheld = lanes.iter().map(|(sink, _)| (*sink, unheld(sink)));
+        by_sink(&registry, "relay_sink_unheld_partitions", help, unheld)?;
         if let Some(files) = operated.journal.files() {
             of_files(&registry, files)?;
         }

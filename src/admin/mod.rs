@@ -269,6 +269,7 @@ fn starting() -> Router {
 pub struct Server {
     gate: Gate,
     router: Arc<ArcSwap<Router>>,
+    operated: Option<Shared>,
     tasks: JoinSet<()>,
 }
 
@@ -284,13 +285,22 @@ impl Server {
         let router = Arc::new(ArcSwap::from_pointee(starting()));
         let mut tasks = JoinSet::new();
         tasks.spawn(server::serve(listener, Arc::clone(&router), gate.clone()));
-        Ok(Self { gate, router, tasks })
+        Ok(Self { gate, router, operated: None, tasks })
     }
 
     /// Serves everything from now on.
     pub fn operate(&mut self, operated: Operated) {
         let operated = Arc::new(operated);
+        self.operated = Some(Arc::clone(&operated));
         self.tasks.spawn(replicas::take_part(Arc::clone(&operated)));
         self.router.store(Arc::new(router(operated, self.gate.clone())));
+    }
+
+    /// Ends it, when all else has ended: relays that share the journal are told, so that they count nothing twice.
+    pub async fn end(mut self) {
+        self.tasks.shutdown().await;
+        if let Some(cluster) = self.operated.as_ref().and_then(|operated| operated.cluster.as_ref()) {
+            cluster.withdraw().await;
+        }
     }
 }

@@ -22,6 +22,8 @@ const GONE: Duration = Duration::from_secs(10);
 const FORGOTTEN: Duration = Duration::from_secs(600);
 /// How long what was told may take to come back.
 const ROUND_TRIP: Duration = Duration::from_secs(10);
+/// How long the end may take to be told: others notice it by themselves.
+const WITHDRAWAL: Duration = Duration::from_secs(2);
 const REPLICA: &str = "replica/";
 const PAUSED: &str = "paused/";
 
@@ -77,11 +79,25 @@ impl Cluster {
         shares.filter(|status| status.is_of(sink)).collect()
     }
 
-    /// Whether some replica says of each partition that it delivers a sink's events from it.
-    pub(super) fn has_all(&self, sink: &SinkStatus, partitions: usize) -> bool {
+    /// How many of so many partitions no replica says that it delivers a sink's events from.
+    pub(super) fn unheld(&self, sink: &str, partitions: usize) -> usize {
         let shares = self.replicas().into_iter().flat_map(|replica| replica.sinks);
-        let of_sink = shares.filter(|share| sink.is_of(share.status.name()));
-        of_sink.flat_map(|share| share.partitions).collect::<HashSet<_>>().len() >= partitions
+        let of_sink = shares.filter(|share| share.status.is_of(sink));
+        let held = of_sink.flat_map(|share| share.partitions).collect::<HashSet<_>>().len();
+        partitions.saturating_sub(held)
+    }
+
+    /// Whether what is the same for all is told by this replica: by the first of those that are there.
+    pub(super) fn tells(&self) -> bool {
+        self.replicas().first().is_some_and(|first| first.id == self.id)
+    }
+
+    /// Says that this replica is no longer there. What it had is another's by then.
+    pub(super) async fn withdraw(&self) {
+        let withdrawn = timeout(WITHDRAWAL, self.board.tell(&format!("{REPLICA}{}", self.id), None)).await;
+        if !matches!(withdrawn, Ok(Ok(()))) {
+            debug!("the other replicas could not be told that this one ends");
+        }
     }
 
     /// Whether a sink is paused.

@@ -13,6 +13,7 @@ use super::replicas::{Cluster, Replica};
 use super::{Live, Operated, Shared, time};
 use crate::event::rfc3339;
 use crate::journal::Health;
+use crate::journal::kafka::NotJoined;
 use crate::lane::{self, Controls};
 
 /// The relay.
@@ -54,7 +55,8 @@ struct JournalStatus {
     state: &'static str,
     /// What its files take; 0 where it is not on this disk.
     disk_bytes: u64,
-    /// How many events there ever were; on disk, the position that the next one gets.
+    /// How many events there ever were; on disk, the position that the next one gets. Where relays share a journal, with
+    /// those that operators have sent again: they are in it once more.
     end: i64,
 }
 
@@ -95,17 +97,20 @@ pub(super) struct SinkStatus {
     attempts_failed: u64,
     /// Deliveries per second, over the last ten seconds.
     rate: f64,
-    /// The last attempt that failed.
+    /// How many partitions of the journal no relay delivers from at the moment, where relays share it: their events are
+    /// not in the figures here. More than for some seconds, and `last_error` says why.
+    unheld_partitions: usize,
+    /// The last attempt that failed; or why a relay can't deliver at all.
     last_error: Option<LastError>,
 }
 
-/// An attempt that failed.
+/// What has failed.
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
 struct LastError {
     /// When.
     #[schema(format = "date-time")]
     at: String,
-    /// A short name.
+    /// A short name; `not_joined`: brokers do not let the relay join the sink's group.
     kind: String,
     /// For people.
     text: String,
@@ -259,6 +264,10 @@ impl SinkStatus {
         self.lag_events
     }
 
+    pub(super) fn unheld_partitions(&self) -> usize {
+        self.unheld_partitions
+    }
+
     pub(super) fn parked(&self) -> usize {
         self.parked
     }
@@ -267,10 +276,12 @@ impl SinkStatus {
         self.paused
     }
 
-    /// With what other replicas do.
+    /// With what other replicas do, and none of them.
     fn everywhere(self, operated: &Operated) -> Self {
-        let others = operated.cluster.as_ref().map(|cluster| cluster.elsewhere(&self.name)).unwrap_or_default();
-        others.into_iter().fold(self, |sum, other| Self {
+        let Some(cluster) = &operated.cluster else { return self };
+        let unheld_partitions = cluster.unheld(&self.name, operated.journal.partitions());
+        let others = cluster.elsewhere(&self.name).into_iter();
+        others.fold(Self { unheld_partitions, ..self }, |sum, other| Self {
             breaker: if other.breaker == "open" { other.breaker } else { sum.breaker },
             lag_events: sum.lag_events + other.lag_events,
             lag_seconds: sum.lag_seconds.max(other.lag_seconds),
@@ -279,7 +290,7 @@ impl SinkStatus {
             delivered: sum.delivered + other.delivered,
             attempts_failed: sum.attempts_failed + other.attempts_failed,
             rate: sum.rate + other.rate,
-            last_error: sum.last_error.or(other.last_error),
+            last_error: LastError::later(sum.last_error, other.last_error),
             ..sum
         })
     }
@@ -291,6 +302,7 @@ impl SinkStatus {
         dead_letters: &HashMap<String, u64>,
     ) -> Result<Self, Problem> {
         let lane = control.status().await?;
+        let not_joined = control.not_joined().map(|not_joined| LastError::from(&*not_joined));
         let kind = live.rules.sinks.iter().find(|sink| sink.name == name).map(|sink| sink.sink.type_name());
         Ok(Self {
             name: name.to_owned(),
@@ -305,8 +317,21 @@ impl SinkStatus {
             delivered: lane.delivered,
             attempts_failed: lane.attempts_failed,
             rate: lane.rate,
-            last_error: lane.last_error.map(LastError::from),
+            unheld_partitions: 0,
+            last_error: not_joined.or(lane.last_error.map(LastError::from)),
         })
+    }
+}
+
+impl LastError {
+    fn later(one: Option<Self>, other: Option<Self>) -> Option<Self> {
+        [one, other].into_iter().flatten().max_by(|one, other| one.at.cmp(&other.at))
+    }
+}
+
+impl From<&NotJoined> for LastError {
+    fn from(error: &NotJoined) -> Self {
+        Self { at: rfc3339(error.at), kind: "not_joined".to_owned(), text: error.reason.clone() }
     }
 }
 

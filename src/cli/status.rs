@@ -111,6 +111,7 @@ fn sinks(sinks: &[Value]) -> String {
     let row = |sink: &Value| {
         let state = match (sink.get("paused"), text(sink, "breaker")) {
             (Some(Value::Bool(true)), _) => "paused",
+            _ if number(sink, "unheld_partitions") > 0 => "unheld",
             (_, "open") => "failing",
             _ => "ok",
         };

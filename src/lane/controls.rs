@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use futures_util::future::join_all;
 
 use super::control::{Control, Failure, Status, Stopped};
 use crate::event::Event;
 use crate::journal::Position;
+use crate::journal::kafka::NotJoined;
 
 /// A handle on a sink's lanes. Clones reach the same ones, also those that come later.
 #[derive(Clone, Default)]
@@ -23,6 +24,7 @@ struct Shared {
     partitions: ArcSwap<Vec<i32>>,
     /// Also for lanes that come later.
     paused: AtomicBool,
+    not_joined: ArcSwapOption<NotJoined>,
 }
 
 impl Controls {
@@ -43,6 +45,16 @@ impl Controls {
     /// Of which partitions of the journal there are lanes; none where it has none.
     pub fn partitions(&self) -> Vec<i32> {
         self.0.partitions.load().to_vec()
+    }
+
+    /// No lanes can come, and why; or they can.
+    pub fn set_not_joined(&self, not_joined: Option<Arc<NotJoined>>) {
+        self.0.not_joined.store(not_joined);
+    }
+
+    /// Why no lanes can come.
+    pub fn not_joined(&self) -> Option<Arc<NotJoined>> {
+        self.0.not_joined.load_full()
     }
 
     /// Lanes that come are paused, or not.

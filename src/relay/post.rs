@@ -29,7 +29,7 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 const END: Duration = Duration::from_secs(3);
 /// How often to try to make dead letters of what a removed sink has parked in a partition.
 const BURY_TRIES: usize = 10;
-/// How often to look whether all lanes still run.
+/// How often to look whether all lanes still run, and the group could be joined.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long taking a partition over may take.
 const TAKE_OVER: Duration = Duration::from_secs(90);
@@ -117,7 +117,12 @@ impl Post {
                 Some((partition, arrival, loaded)) = self.taking_over.next() => {
                     self.taken_over(partition, arrival, loaded);
                 }
-                () = sleep(LOOK) => if self.has_failed() { break },
+                () = sleep(LOOK) => {
+                    self.controls.set_not_joined(self.group.not_joined());
+                    if self.has_failed() {
+                        break;
+                    }
+                }
             }
         }
         let how = (*phase.borrow()).max(Phase::Finishing);

@@ -10,7 +10,7 @@ use tokio::process::Command;
 use crate::harness::{Receiver, Relay, Reply, Setup, event, webhook};
 
 /// Every sample by its name with labels.
-async fn scrape(relay: &Relay) -> BTreeMap<String, f64> {
+pub(crate) async fn scrape(relay: &Relay) -> BTreeMap<String, f64> {
     let text = text(relay).await;
     let samples = text.lines().filter(|line| !line.starts_with('#'));
     let sample = |line: &str| {
@@ -78,6 +78,7 @@ async fn every_metric_counts_what_it_says() {
     check("relay_sink_breaker_open{sink=\"good\"}", 0.0);
     check("relay_sink_dead_letters{sink=\"rejects\"}", 2.0);
     check("relay_sink_dead_letters{sink=\"unrouted\"}", 1.0);
+    check("relay_sink_unheld_partitions{sink=\"good\"}", 0.0);
     check("relay_sink_lag_events{sink=\"good\"}", 0.0);
     check("relay_sink_lag_seconds{sink=\"good\"}", 0.0);
     check("relay_sink_inflight{sink=\"good\"}", 0.0);

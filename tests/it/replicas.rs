@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
 
 use http::Request;
 use http_body_util::Full;
@@ -13,6 +14,7 @@ use tokio::net::TcpStream;
 use crate::balancer::unused_addresses;
 use crate::brokers::{create_topic, set_topic, shared_kafka, unique};
 use crate::harness::{Client, Receiver, Relay, Reply, Setup, event, eventually, within};
+use crate::metrics::scrape;
 
 /// The settings of relays that share a journal on the tests' one broker.
 fn settings(prefix: &str, more: &str) -> String {
@@ -133,6 +135,12 @@ async fn dead_letters_are_those_of_all() {
     assert_eq!(list, relays[1].get("/api/v1/dead-letters?sink=http").await, "the same, with the same numbers");
     let letter = &list["dead_letters"][0];
     assert_eq!((&letter["reason"], &letter["route"]), (&json!("rejected"), &json!("sent")));
+    // Metrics are summed over all.
+    let [one, other] = [scrape(&relays[0]).await, scrape(&relays[1]).await];
+    for (sink, expected) in [("http", 8.0), ("unrouted", 1.0)] {
+        let name = format!("relay_sink_dead_letters{{sink=\"{sink}\"}}");
+        assert_eq!(one[&name] + other[&name], expected, "{name}");
+    }
     let path = format!("/api/v1/dead-letters/{}", letter["id"]);
     assert_eq!(relays[1].get(&path).await["body"]["message_status"], "sent");
 
@@ -422,4 +430,41 @@ async fn what_no_route_matches_is_only_counted_without_keep() {
     assert_eq!(relay.get("/api/v1/routes").await["unrouted"], 2);
     assert_eq!(relay.get("/api/v1/status").await["dead_letters"], json!({}));
     relay.stop().await;
+}
+
+#[tokio::test]
+async fn what_nobody_can_deliver_shows() {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&rules(&receiver));
+    let refused = "options = { \"session.timeout.ms\" = \"100\" }\n";
+    setup.file("relay.toml", &settings(&unique("unheld"), refused));
+    let done = setup.run(&["check", "--connect"], "").await;
+    assert!(done.code == Some(64) && done.stdout.contains("can't be joined: JoinGroup failed"), "{done:?}");
+    let relay = setup.start().await;
+    assert_eq!(relay.post(event(0, "sent")).await.status, 200);
+    let sink = relay.sink_is("http", "has a reason", |sink| !sink["last_error"].is_null()).await;
+    assert_eq!((&sink["unheld_partitions"], &sink["last_error"]["kind"]), (&json!(4), &json!("not_joined")), "{sink}");
+    assert!(sink["last_error"]["text"].as_str().is_some_and(|text| text.contains("session timeout")), "{sink}");
+    relay.status_is("it tells", |status| status["replicas"].as_array().is_some_and(|there| there.len() == 1)).await;
+    assert_eq!(scrape(&relay).await["relay_sink_unheld_partitions{sink=\"http\"}"], 4.0);
+    let shown = relay.command(&["status"]).await;
+    assert!(shown.stdout.contains("unheld"), "{shown:?}");
+    relay.stop().await;
+}
+
+/// Sooner than the others notice by themselves: its figures are another's by then.
+#[tokio::test]
+async fn a_relay_that_ends_in_order_is_gone_at_once() {
+    let receiver = Receiver::start(|_| Reply::Status(503)).await;
+    let [first, second] = pair(&rules(&receiver), "").await;
+    for number in 0..8 {
+        assert_eq!(first.post(event(number, "sent")).await.status, 200);
+    }
+    first.sink_is("http", "has parked all", |sink| sink["parked"] == 8).await;
+    second.stop().await;
+    let alone = first.status_is("it is alone", |status| status["replicas"].as_array().map(Vec::len) == Some(1));
+    tokio::time::timeout(Duration::from_secs(5), alone).await.expect("it was told");
+    let all = first.sink_is("http", "has all of it", |sink| sink["unheld_partitions"] == 0).await;
+    assert_eq!(all["parked"], 8, "{all}");
+    first.stop().await;
 }

@@ -277,6 +277,7 @@ function showTotals(status) {
 
 function sinkState(sink) {
   if (sink.paused) return ["paused", "", "An operator has paused it"];
+  if (sink.unheld_partitions > 0) return ["unheld", "bad", "No relay delivers from some of the journal's partitions"];
   if (sink.breaker === "open") return ["failing", "bad", "It has failed too often, and is only probed"];
   return ["ok", "good", "Deliveries are made"];
 }
@@ -325,7 +326,8 @@ function updateSink(row, sink) {
   figures.parked.show(sink.parked, count(sink.parked));
   figures.dead.show(sink.dead_letters, count(sink.dead_letters));
   const error = sink.last_error;
-  last.hidden = !error || (sink.breaker === "closed" && relayNow() - Date.parse(error.at) > ERROR_SHOWN);
+  const isWell = sink.breaker === "closed" && sink.unheld_partitions === 0;
+  last.hidden = !error || (isWell && relayNow() - Date.parse(error.at) > ERROR_SHOWN);
   if (error) last.replaceChildren("Last error ", time(error.at), `, ${error.kind}: ${error.text}`);
 }
 
