@@ -87,13 +87,18 @@ pub fn check(path: &Path, is_event: impl Fn(Bytes) -> bool) -> Result<Report, Le
 }
 
 fn look(connection: &Connection, is_event: impl Fn(Bytes) -> bool, report: &mut Report) -> rusqlite::Result<()> {
-    let mut statement = connection.prepare(&format!("PRAGMA integrity_check({MAX_PROBLEMS})"))?;
-    let answers = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?;
-    report.problems.extend(answers.into_iter().filter(|answer| answer != "ok"));
     let progress = super::load_progress(connection)?;
-    report.floor = super::floor(connection, &progress)?;
-    report.cursors = progress.into_iter().map(|(lane, progress)| (lane, progress.cursor)).collect();
+    report.cursors = progress.iter().map(|(lane, progress)| (lane.clone(), progress.cursor)).collect();
     report.cursors.sort();
+    let mut statement = connection.prepare(&format!("PRAGMA integrity_check({MAX_PROBLEMS})"))?;
+    let mut answers = statement.query([])?;
+    while let Some(answer) = answers.next()? {
+        let answer: String = answer.get(0)?;
+        if answer != "ok" {
+            report.problems.push(answer);
+        }
+    }
+    report.floor = super::floor(connection, &progress)?;
     report.parked = count(connection, "parked")?;
     report.dead_letters = count(connection, "dead_letters")?;
     let sentence = |(table, id)| format!("row {id} of {table} holds no event that can be read");
