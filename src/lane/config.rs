@@ -36,6 +36,8 @@ pub struct Config {
 const MAX_WINDOW_BYTES: usize = 32 << 20;
 /// The most that `concurrency` may be.
 const MAX_CONCURRENCY: usize = 100_000;
+/// The longest time that may be given for anything.
+const MAX_TIME: Duration = Duration::from_hours(10 * 365 * 24);
 /// The most that `max_parked` may be: each takes memory.
 const MAX_PARKED: usize = 10_000_000;
 
@@ -128,22 +130,29 @@ fn read_retry(delivery: &mut Section<'_>, mut retry: Retry) -> Retry {
         }
     }
     if let Some(texts) = schedule {
-        let waits: Result<Vec<_>, _> = texts.iter().map(|text| humantime::parse_duration(text)).collect();
+        let waits: Result<Vec<_>, _> = texts.iter().map(|text| parse_duration(text)).collect();
         match waits {
             Ok(waits) if !waits.is_empty() => retry.waits = Waits::Schedule(waits),
             Ok(_) => delivery.problem("schedule", "`schedule` is empty; give the waits, such as [\"5s\", \"5m\"]"),
-            Err(error) => delivery.problem("schedule", format!("not a list of durations such as \"5s\": {error}")),
+            Err(error) => delivery.problem("schedule", error),
         }
     }
     retry
 }
 
 fn duration(section: &mut Section<'_>, key: &'static str) -> Option<Duration> {
-    let duration = section.parse(key, humantime::parse_duration)?;
-    if duration.is_zero() {
-        section.problem(key, format!("`{key}` is 0; give a time such as \"10s\""));
+    section.parse(key, |text| match parse_duration(text) {
+        Ok(time) if time.is_zero() => Err(format!("`{key}` is 0; give a time such as \"10s\"")),
+        result => result,
+    })
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if time > MAX_TIME => Err("a time is at most 10 years".to_owned()),
+        Ok(time) => Ok(time),
+        Err(error) => Err(format!("not a duration such as \"10s\": {error}")),
     }
-    Some(duration)
 }
 
 /// A number of attempts in a time, evenly spread.

@@ -185,6 +185,7 @@ fn lanes_take_what_the_sink_says() {
     assert_eq!(all, expected);
     let schedule = lane("schedule = ['5s', '5m']");
     assert_eq!(schedule.retry.waits, Waits::Schedule(vec![seconds(5), seconds(300)]));
+    assert_eq!(lane("max_age = '87600h'").retry.max_age, Some(seconds(10 * 365 * 24 * 3600)));
     let limits = lane("concurrency = 100000\nmax_parked = 10000000\nmax_attempts = 4294967295\nrate = '1000000000/s'");
     assert_eq!(
         (limits.concurrency, limits.max_parked, limits.retry.max_attempts),
@@ -233,6 +234,9 @@ fn reports_problems_of_all_parts() {
     delivery("max_parked = 0", "4:14: `max_parked` is 0; it must be from 1 to 10000000");
     delivery("max_parked = 10000001", "4:14: `max_parked` is 10000001; it must be from 1 to 10000000");
     delivery("max_age = '0s'", "4:11: `max_age` is 0; give a time such as \"10s\"");
+    delivery("max_age = 'x'", "4:11: not a duration such as \"10s\": expected number at 0");
+    delivery("max_age = '87601h'", "4:11: a time is at most 10 years");
+    delivery("schedule = ['1s', '87601h']", "4:12: a time is at most 10 years");
     delivery("schedule = []", "4:12: `schedule` is empty; give the waits, such as [\"5s\", \"5m\"]");
     delivery("schedule = ['5s']\nbackoff = { initial = '1s' }", "4:12: `schedule` and `backoff` exclude each other");
     // A sink with problems is there for routes: the problem is reported once.
