@@ -69,6 +69,29 @@ async fn a_missing_topic_holds_up_no_other_and_gets_its_events_when_it_is_made()
          options = {{ \"allow.auto.create.topics\" = false }}\n{}\n[[routes]]\nname = \"all\"\nto = [\"topic\"]\n",
         outage::IMPATIENT
     );
+/// A topic that is compacted takes no record without a key, and then refuses the whole batch.
+#[tokio::test]
+async fn an_invalid_record_is_rejected_alone() {
+    let (kafka, topic) = (shared_kafka(), unique("invalid"));
+    create_topic(&kafka, &topic, &[("cleanup.policy", "compact")]).await;
+    let reader = KafkaReader::new(&kafka, &[&topic]);
+    let rules = format!(
+        "[sinks.topic]\ntype = \"kafka\"\nbrokers = [\"{kafka}\"]\ntopic = \"{topic}\"\nkey = \"{{/key}}\"\n\
+         [[routes]]\nname = \"all\"\nto = [\"topic\"]\n"
+    );
+    let keyed = |number, key: &str| event(number, "sent").replacen('{', &format!("{{\"key\":\"{key}\","), 1);
+    let mut rejections = Rejections::new(Setup::new(&rules), "topic", "invalid_record").await;
+    rejections.hold().await;
+    for number in 0..200 {
+        match number % 70 {
+            50 => rejections.post_hopeless(&keyed(number, "")).await,
+            _ => rejections.post_good(&keyed(number, &number.to_string())).await,
+        }
+    }
+    rejections.let_go().await;
+    rejections.check(&reader.inbox).await;
+}
+
     let one = KafkaReader::new(&kafka, &[&topics[0]]);
     let relay = Setup::new(&rules).start().await;
     for number in 0..20 {

@@ -147,7 +147,7 @@ pub(super) struct Kafka {
     config: Config,
     /// Carries all events.
     batched: Producer,
-    /// Finds out whether an event is too large, or only was in a batch that is.
+    /// Finds out whether an event is refused, or only was in a batch that is.
     single: Producer,
 }
 
@@ -163,11 +163,12 @@ impl Kafka {
         metadata::begin("kafka", self.config.topic.render_redacted(event, Escape::None), event)
     }
 
-    /// A broker that finds a batch too large refuses all of it. Only a record that is refused on its own is too large.
+    /// A broker that finds a batch too large, or a record in it invalid, refuses all of it. Only a record that is refused
+    /// on its own is hopeless.
     pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
         let record = self.config.record(event, attempt, SystemTime::now(), View::Real)?;
         match self.batched.send(&record).await {
-            Err(error) if verdict::is_batch_too_large(error) => self.single.send(&record).await,
+            Err(error) if verdict::may_be_of_batch(error) => self.single.send(&record).await,
             result => result,
         }
         .map(drop)

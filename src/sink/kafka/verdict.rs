@@ -7,9 +7,14 @@ use rdkafka::error::RDKafkaErrorCode as Code;
 use super::super::{DeliveryError, Verdict};
 use crate::kafka::SendError;
 
-/// Whether the record may have been refused for the batch it was in.
-pub(super) fn is_batch_too_large(error: SendError) -> bool {
-    matches!(error, SendError::Report(Code::MessageSizeTooLarge | Code::MessageBatchTooLarge))
+/// Whether the record may have been refused for the batch it was in: for how large that is, or for another record in it.
+pub(super) fn may_be_of_batch(error: SendError) -> bool {
+    matches!(
+        error,
+        SendError::Report(
+            Code::MessageSizeTooLarge | Code::MessageBatchTooLarge | Code::InvalidRecord | Code::InvalidDifferentRecord
+        )
+    )
 }
 
 impl From<SendError> for DeliveryError {
@@ -105,11 +110,13 @@ mod tests {
     #[test]
     fn only_a_report_can_mean_the_batch() {
         fn check(error: SendError, expected: bool) {
-            assert_eq!(is_batch_too_large(error), expected, "{error:?}");
+            assert_eq!(may_be_of_batch(error), expected, "{error:?}");
         }
         check(SendError::Report(Code::MessageSizeTooLarge), true);
         check(SendError::Report(Code::MessageBatchTooLarge), true);
-        check(SendError::Report(Code::InvalidRecord), false);
+        check(SendError::Report(Code::InvalidRecord), true);
+        check(SendError::Report(Code::InvalidDifferentRecord), true);
+        check(SendError::Report(Code::InvalidMessageSize), false);
         check(SendError::Local(Code::MessageSizeTooLarge), false);
         check(SendError::Closed, false);
     }
