@@ -162,10 +162,17 @@ fn is_broker(text: &str) -> bool {
         && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port != 0))
 }
 
-/// Takes those options away that nobody may set, and says why.
-pub fn take_reserved(options: &mut BTreeMap<String, String>) -> Vec<String> {
-    let reserved = RESERVED_OPTIONS.iter().filter(|(name, _)| options.remove(*name).is_some());
-    reserved.map(|(name, reason)| format!("{name:?} cannot be set: {reason}")).collect()
+/// Takes those options away that nobody may set, of ours or of the caller's, and says why.
+pub fn take_reserved(options: &mut BTreeMap<String, String>, callers: &[(&str, &str)]) -> Vec<String> {
+    let mut problems = Vec::new();
+    options.retain(|option, _| {
+        // librdkafka takes what is set for a topic with this prefix too.
+        let name = option.trim_start_matches("topic.");
+        let reserved = RESERVED_OPTIONS.iter().chain(callers).find(|(reserved, _)| *reserved == name);
+        problems.extend(reserved.map(|(_, reason)| format!("{option:?} cannot be set: {reason}")));
+        reserved.is_none()
+    });
+    problems
 }
 
 /// Whether a producer can be made of the options: of the files that they name, and of all of them together. Connects to

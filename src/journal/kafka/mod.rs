@@ -189,9 +189,7 @@ impl Config {
 
     fn problems_of_options(&self) -> Vec<String> {
         let mut options = self.options.clone();
-        let own = RESERVED_OPTIONS.iter().filter(|(name, _)| options.contains_key(*name));
-        let own: Vec<_> = own.map(|(name, reason)| format!("{name:?} cannot be set: {reason}")).collect();
-        let mut problems: Vec<_> = kafka::take_reserved(&mut options).into_iter().chain(own).collect();
+        let mut problems = kafka::take_reserved(&mut options, &RESERVED_OPTIONS);
         problems.extend(kafka::refused_options(&options));
         if problems.is_empty() && !options.is_empty() {
             let checked = kafka::check(append::producer(self));

@@ -23,6 +23,8 @@ fn what_is_wrong_is_said() {
     check(|config| config.retention = Duration::from_secs(59), "journal.retention");
     check(|config| drop(config.options.insert("acks".into(), "1".into())), "\"acks\" cannot be set");
     check(|config| drop(config.options.insert("group.id".into(), "1".into())), "\"group.id\" cannot be set");
+    check(|config| drop(config.options.insert("topic.acks".into(), "1".into())), "\"topic.acks\" cannot be set");
+    check(|config| drop(config.options.insert("topic.auto.offset.reset".into(), "end".into())), "cannot be set");
     check(|config| drop(config.options.insert("no.such".into(), "1".into())), "does not know \"no.such\"");
     check(|config| drop(config.options.insert("max.in.flight".into(), "100".into())), "`max.in.flight` must be");
     let options = ["acks", "group.id", "no.such", "none.such"].map(|name| (name.to_owned(), "1".to_owned()));

@@ -211,7 +211,7 @@ fn read_options(section: &mut Section<'_>) -> BTreeMap<String, String> {
             section.problem("options", format!("{name:?} has to be a string, a number or a boolean"));
         }
     }
-    let reserved = kafka::take_reserved(&mut options);
+    let reserved = kafka::take_reserved(&mut options, &[]);
     for problem in reserved.into_iter().chain(kafka::refused_options(&options)) {
         section.problem("options", problem);
     }

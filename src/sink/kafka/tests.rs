@@ -33,7 +33,10 @@ fn problems() {
     check(&with("headers = { traceparent = \"x\", ce_id = \"y\" }"), &["set by the relay", "set by the relay"]);
     check(&with("timeout = \"never\""), &["4: not a duration"]);
     for (name, reason) in kafka::RESERVED_OPTIONS {
-        check(&with(&format!("options = {{ {name:?} = \"0\" }}")), &[&format!("{name:?} cannot be set: {reason}")]);
+        for name in [name.to_owned(), format!("topic.{name}")] {
+            let problem = format!("{name:?} cannot be set: {reason}");
+            check(&with(&format!("options = {{ {name:?} = \"0\" }}")), &[&problem]);
+        }
     }
     check(&with("options = { \"no.such.thing\" = 1 }"), &["4: librdkafka does not know \"no.such.thing\""]);
     check(
