@@ -71,28 +71,28 @@ impl Log {
 }
 
 impl ClientContext for Log {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         let sink = self.sink();
         // What is set for all clients of a kind is not for each of them.
-        if facility == "CONFWARN" && message.ends_with("will be ignored by this consumer instance")
-            || message.ends_with("will be ignored by this producer instance")
+        if facility == "CONFWARN" && text.ends_with("will be ignored by this consumer instance")
+            || text.ends_with("will be ignored by this producer instance")
         {
-            return debug!(sink, facility, message, "librdkafka");
+            return debug!(sink, facility, text, "librdkafka");
         }
         match level {
             // It comes as an error too.
             RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical | RDKafkaLogLevel::Error
                 if facility == "FAIL" =>
             {
-                debug!(sink, facility, message, "librdkafka");
+                debug!(sink, facility, text, "librdkafka");
             }
             RDKafkaLogLevel::Emerg
             | RDKafkaLogLevel::Alert
             | RDKafkaLogLevel::Critical
             | RDKafkaLogLevel::Error
-            | RDKafkaLogLevel::Warning => warn!(sink, facility, message, "librdkafka"),
-            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => info!(sink, facility, message, "librdkafka"),
-            RDKafkaLogLevel::Debug => debug!(sink, facility, message, "librdkafka"),
+            | RDKafkaLogLevel::Warning => warn!(sink, facility, text, "librdkafka"),
+            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => info!(sink, facility, text, "librdkafka"),
+            RDKafkaLogLevel::Debug => debug!(sink, facility, text, "librdkafka"),
         }
     }
 

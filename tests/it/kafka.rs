@@ -1,5 +1,7 @@
 //! The `kafka` sink against a real broker.
 
+use serde_json::Value;
+
 use crate::brokers::{KafkaReader, Kind, OwnBroker, create_topic, receiver, shared_kafka, unique};
 use crate::harness::{Reply, Setup, event, eventually};
 use crate::outage;
@@ -14,6 +16,16 @@ async fn a_broker_may_be_absent_stop_and_be_killed() {
     broker.stop().await;
     outage::walk(&broker, &format!("type = \"kafka\"\nbrokers = [\"{address}\"]\ntopic = \"{topic}\""), &reader.inbox)
         .await;
+}
+
+#[tokio::test]
+async fn what_librdkafka_says_is_logged() {
+    let rules = "[sinks.topic]\ntype = \"kafka\"\nbrokers = [\"127.0.0.1:1\"]\ntopic = \"t\"\n\
+                 [[routes]]\nname = \"all\"\nto = [\"topic\"]\n";
+    let relay = Setup::new(rules).env("RELAY_TELEMETRY__LOG", "debug").start().await;
+    let says = |line: &Value| line["sink"] == "topic" && line["text"].as_str().is_some_and(|text| !text.is_empty());
+    eventually("a line of librdkafka's", async || relay.logged("librdkafka").iter().any(says)).await;
+    relay.kill().await;
 }
 
 #[tokio::test]
@@ -57,18 +69,6 @@ async fn an_illegal_topic_name_is_rejected_alone() {
     rejections.check(&reader.inbox).await;
 }
 
-/// A topic that is not there yet is no reason to give an event up.
-#[tokio::test]
-async fn a_missing_topic_holds_up_no_other_and_gets_its_events_when_it_is_made() {
-    let (kafka, name) = (shared_kafka(), unique("missing"));
-    let topics = ["one", "two"].map(|topic| format!("{name}.{topic}"));
-    create_topic(&kafka, &topics[0], &[]).await;
-    // The shared brokers make topics for those who ask; librdkafka then has to ask not to.
-    let rules = format!(
-        "[sinks.topic]\ntype = \"kafka\"\nbrokers = [\"{kafka}\"]\ntopic = \"{name}.{{status}}\"\n\
-         options = {{ \"allow.auto.create.topics\" = false }}\n{}\n[[routes]]\nname = \"all\"\nto = [\"topic\"]\n",
-        outage::IMPATIENT
-    );
 /// A topic that is compacted takes no record without a key, and then refuses the whole batch.
 #[tokio::test]
 async fn an_invalid_record_is_rejected_alone() {
@@ -92,6 +92,18 @@ async fn an_invalid_record_is_rejected_alone() {
     rejections.check(&reader.inbox).await;
 }
 
+/// A topic that is not there yet is no reason to give an event up.
+#[tokio::test]
+async fn a_missing_topic_holds_up_no_other_and_gets_its_events_when_it_is_made() {
+    let (kafka, name) = (shared_kafka(), unique("missing"));
+    let topics = ["one", "two"].map(|topic| format!("{name}.{topic}"));
+    create_topic(&kafka, &topics[0], &[]).await;
+    // The shared brokers make topics for those who ask; librdkafka then has to ask not to.
+    let rules = format!(
+        "[sinks.topic]\ntype = \"kafka\"\nbrokers = [\"{kafka}\"]\ntopic = \"{name}.{{status}}\"\n\
+         options = {{ \"allow.auto.create.topics\" = false }}\n{}\n[[routes]]\nname = \"all\"\nto = [\"topic\"]\n",
+        outage::IMPATIENT
+    );
     let one = KafkaReader::new(&kafka, &[&topics[0]]);
     let relay = Setup::new(&rules).start().await;
     for number in 0..20 {
