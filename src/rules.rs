@@ -3,6 +3,7 @@
 mod explain;
 
 use std::error::Error as _;
+use std::iter::successors;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -139,8 +140,9 @@ fn read_sinks<'d>(
         let concurrency = sink.as_ref().map_or(1, sink::Config::default_concurrency);
         let lane = lane::Config::read(&mut section, concurrency);
         if let Some(Err((key, error))) = sink.as_ref().map(&check) {
-            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
-            section.problem(key, format!("{error}{cause}"));
+            let causes = successors(error.source(), |&cause| cause.source());
+            let message = causes.fold(error.to_string(), |message, cause| format!("{message}: {cause}"));
+            section.problem(key, message);
         }
         section.finish();
         if let Some(sink) = sink {
