@@ -102,8 +102,8 @@ impl Config {
     }
 }
 
-/// lapin logs returned messages with their bodies; the sink says what an operator needs of them. h2 warns of what any client
-/// can do as often as it likes.
+/// lapin logs returned messages with their bodies; the sink says what an operator needs of them. The same goes for
+/// certificates that are not trusted, of which each attempt tells. h2 warns of what any client can do as often as it likes.
 fn filter(directives: &str) -> Result<EnvFilter, LogError> {
     // The filter would take a level with a typo for a target, and log nothing but that.
     let given: Vec<_> = directives.split(',').map(str::trim).filter(|directive| !directive.is_empty()).collect();
@@ -113,7 +113,7 @@ fn filter(directives: &str) -> Result<EnvFilter, LogError> {
     }
     // Errors show unless it is said otherwise.
     let given = if given.is_empty() { DEFAULT_LEVEL.to_owned() } else { given.join(",") };
-    Ok(EnvFilter::try_new(format!("error,lapin=off,h2=error,{given}"))?)
+    Ok(EnvFilter::try_new(format!("error,lapin=off,rustls_platform_verifier=off,h2=error,{given}"))?)
 }
 
 /// Why logs can't be filtered like that.

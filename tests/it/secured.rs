@@ -102,10 +102,19 @@ async fn http_takes_a_certificate_over_tls() {
              tls = {{ {tls} }}\n[[routes]]\nname = \"all\"\nto = [\"http\"]\n"
         )
     };
-    let relay = Setup::new(&rules(&format!("{}, {}", ca(&clients), certificate(&clients)))).start().await;
+    // The system's authorities, and another.
+    for tls in [String::new(), format!("{}, {}", ca(&clients), certificate(&clients))] {
+        let relay = Setup::new(&rules(&tls)).start().await;
+        assert_eq!(relay.post(event(9, "sent")).await.status, 200);
+        let error = last_error(&relay, "http").await;
+        assert!(error.contains("UnknownIssuer"), "{error}");
+        let log = relay.stop().await;
+        let unlike = |line: &&Value| !line["target"].as_str().is_some_and(|target| target.starts_with("engage_relay"));
+        assert_eq!(log.iter().find(unlike), None, "the lane says it");
+    }
+    let relay = Setup::new(&rules(&ca(&clients))).start().await;
     assert_eq!(relay.post(event(9, "sent")).await.status, 200);
-    let error = last_error(&relay, "http").await;
-    assert!(error.contains("UnknownIssuer"), "{error}");
+    last_error(&relay, "http").await;
     relay.change_rules(&rules(&ca(&authority)));
     relay.operate("/api/v1/reload", &Value::Null).await;
     let is_refused =
