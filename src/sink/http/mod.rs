@@ -66,13 +66,17 @@ impl Config {
         if deny_private && target.as_ref().is_some_and(Target::is_private_address) {
             section.problem("url", "the host is not a public address, and deny_private refuses others");
         }
+        let tls = Tls::read(section);
+        if tls.is_set() && target.as_ref().is_some_and(|target| !target.is_tls()) {
+            section.problem("tls", "the URL does not use TLS; write https://");
+        }
         let config = Self {
             method,
             headers: headers.into_iter().filter_map(|(name, value)| Some((name.parse().ok()?, value))).collect(),
             format: metadata::read_format(section),
             secrets: Secrets::read(section),
             timeout: super::read_timeout(section, DEFAULT_TIMEOUT),
-            tls: Tls::read(section),
+            tls,
             deny_private,
             target: target?,
         };

@@ -38,6 +38,9 @@ impl Target {
         if !matches!(first.scheme(), "http" | "https") || !first.has_host() {
             return Err(format!("an HTTP sink cannot send to the scheme {:?}; write http or https", first.scheme()));
         }
+        if first.port() == Some(0) {
+            return Err("nothing listens on port 0".to_owned());
+        }
         if first.fragment().is_some() {
             return Err("what follows # in a URL is never sent".to_owned());
         }
@@ -51,6 +54,11 @@ impl Target {
     /// Whether every event would go to an address that is not public.
     pub(super) fn is_private_address(&self) -> bool {
         public::is_private_address(self.sample.host())
+    }
+
+    /// Whether it is reached over TLS.
+    pub(super) fn is_tls(&self) -> bool {
+        self.sample.scheme() == "https"
     }
 
     /// Host and port, which are the same for every event.
@@ -121,6 +129,7 @@ mod tests {
         check("https://", Err("not an absolute URL"));
         check("ftp://example.com/", Err("scheme \"ftp\""));
         check("mailto:a@example.com", Err("scheme \"mailto\""));
+        check("http://example.com:0/", Err("port 0"));
         check("https://example.com/#{status}", Err("never sent"));
         check("https://example.com/a/../{status}", Err("the path holds"));
         check("https://example.com/a/%2E%2e/x", Err("the path holds"));

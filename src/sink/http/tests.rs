@@ -78,6 +78,9 @@ fn problems() {
     check("url = \"http://h/\"\ntimeout = \"0s\"", &["3: a time-out is at least 1ms"]);
     check("url = \"http://h/\"\ntimeout = \"2h\"", &["3: a time-out is at most 1h"]);
     check("url = \"http://h/\"\ntimeout = \"soon\"", &["3: not a duration"]);
+    check("url = \"http://h/\"\ntls = {}", &[]);
+    check("url = \"http://h/\"\ntls = { ca = \"x\" }", &["3: the URL does not use TLS; write https://"]);
+    check("url = \"https://h/\"\ntls = { ca = \"x\" }", &[]);
     check("url = \"http://h/\"\ntls = { cert = \"x\" }", &["3: a client certificate needs its private key"]);
     check("url = \"http://h/\"\ntls = { key = \"x\" }", &["3: a private key needs its client certificate"]);
     check("url = \"http://h/\"\nformat = \"cloud\"", &["3: "]);
