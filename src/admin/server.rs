@@ -27,8 +27,8 @@ const MAX_CONNECTIONS: usize = 1024;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection may have no request, or take nothing of an answer, after its first request.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// The same where others wait for its place, and while it is being closed.
-const SHORT_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The same where others wait for its place, and while it is being closed. Streams say something more often.
+const SHORT_IDLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long accepting pauses when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -91,7 +91,8 @@ async fn serve_http(
     });
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let served = tokio::select! {
-        served = &mut connection => served,
+        // First the one that has to see what the other does.
+        biased;
         () = place.idle(HEADER_TIMEOUT) => {
             // A request that is on its way is answered still.
             connection.as_mut().graceful_shutdown();
@@ -100,6 +101,7 @@ async fn serve_http(
                 () = place.idle(SHORT_IDLE_TIMEOUT) => Ok(()),
             }
         }
+        served = &mut connection => served,
     };
     if let Err(error) = served {
         debug!(%error, "a connection of the admin side ended");
@@ -130,6 +132,7 @@ impl Place {
                 drop(timeout(rest, crowded.wait_for(|crowded| *crowded)).await);
             };
             tokio::select! {
+                biased;
                 _ = requests.changed() => limit = IDLE_TIMEOUT,
                 () = too_long => if *requests.borrow() == 0 { return },
             }
@@ -211,13 +214,13 @@ mod tests {
                 assert_eq!(seconds, expected, "{} {is_crowded}", sent.escape_ascii());
             }
         };
-        check(b"", 10, 1).await;
-        check(b"P", 10, 1).await;
-        check(b"GET / HTTP/1.1\r\nhost: x\r\n", 10, 2).await;
-        check(HTTP2, 11, 2).await;
-        check(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", 10, 1).await;
-        check(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n", 310, 301).await;
-        check(b"GET /ticks HTTP/1.1\r\nhost: x\r\n\r\n", 309, 300).await;
+        check(b"", 10, 3).await;
+        check(b"P", 10, 3).await;
+        check(b"GET / HTTP/1.1\r\nhost: x\r\n", 10, 6).await;
+        check(HTTP2, 13, 6).await;
+        check(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", 10, 3).await;
+        check(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n", 310, 303).await;
+        check(b"GET /ticks HTTP/1.1\r\nhost: x\r\n\r\n", 309, 302).await;
     }
 
     #[tokio::test(start_paused = true)]
@@ -226,8 +229,8 @@ mod tests {
             assert_eq!(closed_after(sent, false, crowded).await.0, expected, "{} {crowded}", sent.escape_ascii());
         };
         for sent in [b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", &[HTTP2, HTTP2_GET].concat()[..]] {
-            check(sent, false, 61).await;
-            check(sent, true, 2).await;
+            check(sent, false, 63).await;
+            check(sent, true, 6).await;
         }
     }
 
