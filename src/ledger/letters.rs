@@ -151,8 +151,9 @@ impl Filter {
         let text = |value: &Option<String>| value.clone().map(Value::Text);
         let number = |value: Option<i64>| value.map(Value::Integer);
         let ends = self.ends.as_ref().map(|ends| Value::Text(format!("{ends:?}")));
-        let end =
-            format!("id <= (SELECT max(value) FROM json_each(?) WHERE value >> {OFFSET_BITS} = id >> {OFFSET_BITS})");
+        // What is listed has an `id` too.
+        let of_its_partition = format!("value >> {OFFSET_BITS} = dead_letters.id >> {OFFSET_BITS}");
+        let end = format!("id <= (SELECT max(value) FROM json_each(?) WHERE {of_its_partition})");
         let conditions = [
             ("lane = ?", text(&self.sink)),
             ("status = ?", text(&self.status)),
