@@ -316,6 +316,11 @@ impl Inbox {
         self.0.borrow().clone()
     }
 
+    /// Forgets what has arrived by now.
+    pub(crate) fn clear(&self) {
+        self.0.send_replace(Arrived::default());
+    }
+
     /// Looks at what has arrived by now, without a copy of it; nothing arrives meanwhile.
     pub(crate) fn look<T>(&self, look: impl FnOnce(&Arrived) -> T) -> T {
         look(&self.0.borrow())

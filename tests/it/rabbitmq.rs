@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use crate::brokers::{Amqp, AmqpReader, Kind, OwnBroker, receiver, shared_amqp, unique};
 use crate::harness::{Reply, Setup, event, eventually};
 use crate::load::{Load, latencies};
@@ -84,6 +86,128 @@ async fn an_unroutable_message_is_rejected_alone() {
         rejections.post_good(&event(number, "read")).await;
     }
     rejections.check(&reader.inbox).await;
+}
+
+/// The broker closes the channel for a message that it refuses, and does not say which that was.
+#[tokio::test]
+async fn a_refused_message_is_rejected_alone() {
+    let (url, name) = (shared_amqp(), unique("refused"));
+    Amqp::declare(&url, &name, &name).await;
+    let reader = AmqpReader::new(&url, &name);
+    let rules = format!(
+        "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{url}\"]\nexchange = \"{{/exchange|{name}}}\"\nrouting_key = \"x\"\n\
+         [[routes]]\nname = \"all\"\nto = [\"ops\"]\n"
+    );
+    // No client may publish there.
+    let internal = |number| event(number, "sent").replacen('{', "{\"exchange\":\"amq.rabbitmq.trace\",", 1);
+    let mut rejections = Rejections::new(Setup::new(&rules), "ops", "not_authorized").await;
+    rejections.hold().await;
+    for number in 0..300 {
+        match number % 50 {
+            7 => rejections.post_hopeless(&internal(number)).await,
+            _ => rejections.post_good(&event(number, "sent")).await,
+        }
+    }
+    rejections.let_go().await;
+    // What the broker had taken before it refused another, it gets once more.
+    rejections.check_up_to(2, &reader.inbox).await;
+}
+
+#[tokio::test]
+async fn headers_that_fit_into_no_frame_are_rejected_alone() {
+    let (url, name) = (shared_amqp(), unique("frames"));
+    Amqp::declare(&url, &name, &name).await;
+    let reader = AmqpReader::new(&url, &name);
+    let rules = format!(
+        "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{url}?frame_max=8192\"]\nexchange = \"{name}\"\nrouting_key = \"x\"\n\
+         headers = {{ name = \"{{campaign_name}}\" }}\n[[routes]]\nname = \"all\"\nto = [\"ops\"]\n"
+    );
+    let mut rejections = Rejections::new(Setup::new(&rules), "ops", "headers_too_large").await;
+    let padded = |number, length| event(number, "sent").replace("campaign name", &"x".repeat(length));
+    for number in 0..10 {
+        // The other headers take some 300 bytes.
+        rejections.post_good(&padded(number, 7700)).await;
+        rejections.post_hopeless(&padded(number + 100, 7900 + 500 * number as usize)).await;
+    }
+    rejections.check(&reader.inbox).await;
+}
+
+#[tokio::test]
+async fn rights_that_are_missing() {
+    let broker = OwnBroker::start(Kind::RabbitMq).await;
+    let (admin, name) = (broker.address(), unique("rights"));
+    Amqp::declare(&admin, &name, &name).await;
+    let reader = AmqpReader::new(&admin, &name);
+    let url = admin.replace("guest:guest", "relay:secret");
+    broker.ctl(&["add_user", "relay", "secret"]).await;
+    broker.ctl(&["set_permissions", "relay", "^$", &name, ".*"]).await;
+    broker.ctl(&["set_topic_permissions", "relay", &name, "^read", ".*"]).await;
+    broker.ctl(&["eval", "application:set_env(rabbit, max_message_size, 3000)."]).await;
+    let rules = |key: &str| {
+        format!(
+            "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{url}\"]\nexchange = \"{name}\"\nrouting_key = \"{key}\"\n\
+             {}\n[[routes]]\nname = \"all\"\nto = [\"ops\"]\n",
+            outage::IMPATIENT
+        )
+    };
+    let large = |number| event(number, "read").replace("campaign name", &"x".repeat(3000));
+    for (kind, hopeless) in
+        [("not_authorized", (|number| event(number, "sent")) as fn(u32) -> String), ("message_too_large", large)]
+    {
+        let mut rejections = Rejections::new(Setup::new(&rules("{status}.{sender_id}")), "ops", kind).await;
+        rejections.hold().await;
+        for number in 0..100 {
+            match number % 40 {
+                7 => rejections.post_hopeless(&hopeless(number)).await,
+                _ => rejections.post_good(&event(number, "read")).await,
+            }
+        }
+        rejections.let_go().await;
+        rejections.check_up_to(2, &reader.inbox).await;
+        reader.inbox.clear();
+    }
+
+    // No event is at fault where all have the same key: they wait until the right is granted.
+    let relay = Setup::new(&rules("sent")).start().await;
+    for number in 0..20 {
+        relay.post(event(number, "sent")).await.ids();
+    }
+    let failed = relay.sink_is("ops", "is only probed", |sink| sink["breaker"] == "open").await;
+    assert_eq!(failed["last_error"]["kind"], "not_authorized", "{failed}");
+    broker.ctl(&["set_topic_permissions", "relay", &name, ".*", ".*"]).await;
+    reader.inbox.wait_for_events("the exchange that may be written to", 20).await;
+    relay.stop().await;
+    assert_eq!(reader.inbox.now().repeated(), 0);
+}
+
+/// An operator reads why there is no connection, and nothing that is secret.
+#[tokio::test]
+async fn the_broker_says_why_it_lets_nobody_in() {
+    let (url, name) = (shared_amqp(), unique("why"));
+    Amqp::declare(&url, &name, &name).await;
+    let host = url.trim_end_matches("%2f");
+    for (urls, more, expected) in [
+        (
+            url.clone(),
+            "declare = { type = \"fanout\" }",
+            format!("406 PRECONDITION_FAILED - inequivalent arg 'type' for exchange '{name}'"),
+        ),
+        (url.replace("guest:guest", "guest:wrong"), "", "403 ACCESS_REFUSED - Login was refused".to_owned()),
+        (format!("{host}none"), "", "530 NOT_ALLOWED - vhost none not found".to_owned()),
+        (format!("{host}${{VHOST}}"), "", "530 NOT_ALLOWED - vhost … not found".to_owned()),
+    ] {
+        let rules = format!(
+            "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{urls}\"]\nexchange = \"{name}\"\n{more}\n\
+             [[routes]]\nname = \"all\"\nto = [\"ops\"]\n"
+        );
+        let relay = Setup::new(&rules).env("VHOST", "topsecret").start().await;
+        relay.post(event(1, "sent")).await.ids();
+        let failed = relay.sink_is("ops", "has failed", |sink| sink["last_error"] != Value::Null).await;
+        let text = failed["last_error"]["text"].as_str().unwrap();
+        assert!(text.contains(&expected), "{text}\n should have {expected}");
+        let log = relay.stop().await;
+        assert!(!format!("{failed} {log:?}").contains("topsecret"), "{failed} {log:#?}");
+    }
 }
 
 #[tokio::test]

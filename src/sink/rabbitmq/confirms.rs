@@ -86,6 +86,11 @@ impl<J> Confirms<J> {
         outcomes
     }
 
+    /// Confirmed messages that may have been returned, where no more confirms come.
+    pub(super) fn into_unsure(self) -> impl Iterator<Item = J> {
+        self.unsure.into_iter().map(|(_id, job)| job)
+    }
+
     fn take_returned(&mut self, id: &str) -> Option<Returned> {
         let returns = self.returned.get_mut(id)?;
         let returned = returns.pop();

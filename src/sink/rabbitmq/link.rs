@@ -3,11 +3,13 @@
 //! lapin can recover connections by itself; that is left off, because it does not work with confirms.
 
 use std::collections::HashSet;
+use std::iter;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use futures_util::stream::{self, StreamExt};
 use lapin::options::{ConfirmSelectOptions, ExchangeDeclareOptions};
 use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, RustlsConnector, RustlsConnectorConfig, TLSConfig};
 use lapin::types::FieldTable;
@@ -20,8 +22,10 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use super::publisher::{self, Job, describe};
-use super::{AmqpUrl, Config, Declare, Message, short};
+use super::confirms::Outcome;
+use super::publisher::{self, Job};
+use super::words::Unsaid;
+use super::{AmqpUrl, Config, Declare, Message, short, verdict};
 use crate::sink::{BuildError, DeliveryError};
 
 /// How long one URL is tried.
@@ -36,11 +40,14 @@ const LASTED: Duration = Duration::from_secs(10);
 const QUEUED_JOBS: usize = 256;
 /// Exchanges remembered as existing. Templates can make more names than that.
 const KNOWN_EXCHANGES: usize = 1024;
+/// Messages on channels of their own at once.
+const MAX_ALONE: usize = 8;
 
 /// The connection as attempts see it.
 pub(super) struct Link {
     state: watch::Receiver<State>,
     blocked: watch::Receiver<bool>,
+    jobs: mpsc::Sender<Job>,
     task: JoinHandle<()>,
 }
 
@@ -57,8 +64,9 @@ impl Link {
     pub(super) fn start(dialer: Dialer) -> Self {
         let (state_sender, state) = watch::channel(State::Connecting);
         let (blocked_sender, blocked) = watch::channel(false);
-        let task = tokio::spawn(maintain(dialer, state_sender, blocked_sender));
-        Self { state, blocked, task }
+        let (jobs, receiver) = mpsc::channel(QUEUED_JOBS);
+        let task = tokio::spawn(maintain(dialer, receiver, state_sender, blocked_sender));
+        Self { state, blocked, jobs, task }
     }
 
     /// The connection, after waiting for a try that is under way.
@@ -75,6 +83,14 @@ impl Link {
         }
     }
 
+    /// Publishes a message and waits for what the broker says about it.
+    pub(super) async fn publish(&self, message: Message) -> Result<(), DeliveryError> {
+        let lost = || verdict::lost("it has ended");
+        let (reply, result) = oneshot::channel();
+        self.jobs.send(Job { message, reply }).await.map_err(|_| lost())?;
+        result.await.unwrap_or_else(|_| Err(lost()))
+    }
+
     /// Whether the broker blocks publishers.
     pub(super) fn blocked(&self) -> watch::Receiver<bool> {
         self.blocked.clone()
@@ -87,7 +103,7 @@ impl Link {
         let close = session.connection.close(lapin::protocol::constants::REPLY_SUCCESS, short("closed"));
         match timeout(CLOSE_TIMEOUT, close).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => info!(error = describe(&error), "the connection was closed already"),
+            Ok(Err(error)) => info!(error = session.unsaid.describe(&error), "the connection was closed already"),
             Err(_elapsed) => warn!("the broker did not answer the request to close the connection"),
         }
     }
@@ -99,10 +115,10 @@ impl Drop for Link {
     }
 }
 
-/// One connection with its confirm channel.
+/// One connection, with the confirm channel that messages share.
 pub(super) struct Session {
     connection: Connection,
-    jobs: mpsc::Sender<Job>,
+    unsaid: Unsaid,
     /// Exchanges that were there when they were last looked for.
     exchanges: RwLock<HashSet<String>>,
     looking: tokio::sync::Mutex<()>,
@@ -112,17 +128,39 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Publishes a message and waits for what the broker says about it.
-    pub(super) async fn publish(&self, message: Message) -> Result<(), DeliveryError> {
-        let lost = || DeliveryError::retry("connection_lost", "the connection was lost before the broker confirmed");
-        let (reply, outcome) = oneshot::channel();
-        self.jobs.send(Job { message, reply }).await.map_err(|_| lost())?;
-        outcome.await.unwrap_or_else(|_| Err(lost()))
+    /// Makes sure that a message can be published at all.
+    pub(super) async fn admit(&self, message: &Message) -> Result<(), DeliveryError> {
+        if message.frame_len() > self.connection.configuration().frame_max() as usize {
+            return Err(DeliveryError::reject("headers_too_large", "the headers are larger than a frame may be"));
+        }
+        self.require_exchange(message).await
     }
 
-    /// Makes sure that an exchange exists, on a channel of its own: publishing to a missing one closes the channel, and
-    /// would fail everything that is under way on it.
-    pub(super) async fn require_exchange(&self, name: &str) -> Result<(), DeliveryError> {
+    /// Finds out which of these messages the broker refuses.
+    async fn find_out(&self, unclear: Vec<Job>) {
+        let each = async |mut job: Job| {
+            tokio::select! {
+                result = self.publish_alone(&job.message) => job.tell(result),
+                () = job.reply.closed() => {}
+            }
+        };
+        stream::iter(unclear).for_each_concurrent(MAX_ALONE, each).await;
+    }
+
+    /// Publishes a message on a channel of its own: if the broker closes that, it is for this message.
+    async fn publish_alone(&self, message: &Message) -> Result<(), DeliveryError> {
+        let publish = async { publisher::send(&confirm_channel(&self.connection).await?, message).await };
+        match publisher::read(publish.await.map_err(|error| self.refused(&error, message))?) {
+            (true, None) => Ok(()),
+            (true, Some((_id, returned))) => verdict::judge(Outcome::Unroutable(returned)),
+            (false, _) => verdict::judge(Outcome::Nacked),
+        }
+    }
+
+    /// Makes sure that a message's exchange exists, on a channel of its own: publishing to a missing one closes the
+    /// channel, and would put everything in doubt that is under way on it.
+    async fn require_exchange(&self, message: &Message) -> Result<(), DeliveryError> {
+        let name = &message.exchange;
         if name.is_empty() || self.knows(name) {
             return Ok(());
         }
@@ -135,16 +173,22 @@ impl Session {
             let channel = self.connection.create_channel().await?;
             channel.exchange_declare(short(name), ExchangeKind::Direct, passive, FieldTable::default()).await
         };
-        check.await.map_err(|error| match publisher::reply_code(&error) {
-            Some(NOT_FOUND) => DeliveryError::retry("no_exchange", "the exchange does not exist"),
-            _ => DeliveryError::retry("connection_lost", format!("cannot look for the exchange: {}", describe(&error))),
-        })?;
+        match check.await {
+            Ok(()) => {}
+            Err(error) if error.is_amqp_soft_error() => return Err(self.refused(&error, message)),
+            // The connection has ended: on the next one it shows whether the exchange exists.
+            Err(_) => return Ok(()),
+        }
         let mut exchanges = self.exchanges.write().unwrap_or_else(PoisonError::into_inner);
         if exchanges.len() >= KNOWN_EXCHANGES {
             exchanges.clear();
         }
-        exchanges.insert(name.to_owned());
+        exchanges.insert(name.clone());
         Ok(())
+    }
+
+    fn refused(&self, error: &lapin::Error, message: &Message) -> DeliveryError {
+        verdict::refused(error, message, &self.unsaid)
     }
 
     fn knows(&self, exchange: &str) -> bool {
@@ -152,32 +196,45 @@ impl Session {
     }
 }
 
-const NOT_FOUND: u16 = 404;
-
 /// Connects, publishes until the connection ends, and connects again.
-async fn maintain(mut dialer: Dialer, state: watch::Sender<State>, blocked: watch::Sender<bool>) {
-    let mut failures = 0;
+async fn maintain(
+    mut dialer: Dialer,
+    mut jobs: mpsc::Receiver<Job>,
+    state: watch::Sender<State>,
+    blocked: watch::Sender<bool>,
+) {
+    let (mut failures, mut unclear) = (0, Vec::new());
     loop {
         state.send_replace(State::Connecting);
         let reason = match dialer.dial().await {
-            Ok((session, channel, jobs)) => {
+            Ok((session, channel)) => {
                 let since = Instant::now();
                 info!(sink = dialer.name, broker = %dialer.url(), "connected");
-                let (status, events) = (session.connection.status().clone(), session.connection.events_listener());
-                state.send_replace(State::Up(session));
-                let reason = publisher::run(&dialer.name, status, channel, events, jobs, &blocked).await;
+                state.send_replace(State::Up(Arc::clone(&session)));
+                let (status, events) = (session.connection.status(), session.connection.events_listener());
+                session.find_out(unclear).await;
+                let ended =
+                    publisher::run(&dialer.name, status, &channel, events, &mut jobs, &blocked, &dialer.unsaid).await;
                 blocked.send_replace(false);
-                warn!(sink = dialer.name, broker = %dialer.url(), reason, "connection lost");
+                unclear = ended.unclear;
+                if !unclear.is_empty() {
+                    info!(sink = dialer.name, reason = ended.reason, "a message was refused; connecting anew");
+                    continue;
+                }
+                warn!(sink = dialer.name, broker = %dialer.url(), reason = ended.reason, "connection lost");
                 if since.elapsed() >= LASTED {
                     failures = 0;
                 }
-                format!("the connection was lost: {reason}")
+                format!("the connection was lost: {}", ended.reason)
             }
             Err(reason) => {
                 warn!(sink = dialer.name, reason, "cannot connect");
                 reason
             }
         };
+        for job in unclear.drain(..).chain(iter::from_fn(|| jobs.try_recv().ok())) {
+            job.tell(Err(DeliveryError::retry("not_connected", &*reason)));
+        }
         state.send_replace(State::Down(reason));
         tokio::time::sleep(backoff(failures, rand::random())).await;
         failures += 1;
@@ -199,9 +256,10 @@ pub(super) struct Dialer {
     first: usize,
     tls: Option<Arc<RustlsConnector>>,
     declare: Option<Declare>,
+    unsaid: Unsaid,
 }
 
-type Dialed = (Arc<Session>, Channel, mpsc::Receiver<Job>);
+type Dialed = (Arc<Session>, Channel);
 
 impl Dialer {
     /// # Errors
@@ -209,8 +267,8 @@ impl Dialer {
     /// A certificate that cannot be used.
     pub(super) fn new(name: &str, config: &Config) -> Result<Self, BuildError> {
         let tls = config.urls.iter().any(AmqpUrl::is_tls).then(|| connector(config)).transpose()?;
-        let (urls, declare) = (config.urls.clone(), config.declare.clone());
-        Ok(Self { name: name.to_owned(), urls, first: 0, tls: tls.map(Arc::new), declare })
+        let (urls, declare, unsaid) = (config.urls.clone(), config.declare.clone(), config.unsaid.clone());
+        Ok(Self { name: name.to_owned(), urls, first: 0, tls: tls.map(Arc::new), declare, unsaid })
     }
 
     fn url(&self) -> String {
@@ -228,7 +286,7 @@ impl Dialer {
                     self.first = position;
                     return Ok(dialed);
                 }
-                Ok(Err(error)) => reasons.push(format!("{url}: {}", describe(&error))),
+                Ok(Err(error)) => reasons.push(format!("{url}: {}", self.unsaid.describe(&error))),
                 Err(_elapsed) => reasons.push(format!("{url}: no answer")),
             }
         }
@@ -258,20 +316,25 @@ impl Dialer {
             properties,
         );
         let connection = connect.await?;
-        let channel = connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let channel = confirm_channel(&connection).await?;
         let mut exchanges = HashSet::new();
         if let Some(Declare { exchange, kind, durable }) = &self.declare {
             let options = ExchangeDeclareOptions { durable: *durable, ..Default::default() };
             channel.exchange_declare(short(exchange), kind.clone(), options, FieldTable::default()).await?;
             exchanges.insert(exchange.clone());
         }
-        let (jobs, receiver) = mpsc::channel(QUEUED_JOBS);
-        let looking = tokio::sync::Mutex::new(());
+        let (looking, unsaid) = (tokio::sync::Mutex::new(()), self.unsaid.clone());
         let (exchanges, kept) = (exchanges.into(), channel.clone());
-        let session = Session { connection, jobs, exchanges, looking, _channel: kept, _cut: cut };
-        Ok((Arc::new(session), channel, receiver))
+        let session = Session { connection, unsaid, exchanges, looking, _channel: kept, _cut: cut };
+        Ok((Arc::new(session), channel))
     }
+}
+
+/// Opens a channel on which the broker confirms messages.
+async fn confirm_channel(connection: &Connection) -> lapin::Result<Channel> {
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    Ok(channel)
 }
 
 /// What trust and which identity to connect with.

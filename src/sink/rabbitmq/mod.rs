@@ -2,9 +2,14 @@
 //! queue.
 //!
 //! There is one connection with one confirm channel, and any number of messages may be unconfirmed on it. A message
-//! that no queue wants comes back, and is rejected. When the connection or the channel is lost, the messages that were
-//! not confirmed are retried; a task of its own reconnects for ever ([`link`]). Until the first try has succeeded or
-//! failed an attempt waits for it, and while the next is not due attempts fail at once.
+//! that no queue wants comes back, and is rejected. When the connection is lost, the messages that were not confirmed are
+//! retried; a task of its own reconnects for ever ([`link`]). Until the first try has succeeded or failed an attempt waits
+//! for it, and while the next is not due attempts fail at once.
+//!
+//! A broker refuses a message by closing the channel, and does not say which message it was. Each that was not confirmed
+//! then goes on a channel of its own, a few at a time, still within its attempt: only the one that is refused there fails.
+//! Those that the broker had taken already come twice. That takes a new connection, and nothing else is published meanwhile:
+//! lapin may still send messages on a channel that has been closed, or on the next one with its number.
 //!
 //! A broker that blocks publishers (it is short of memory or disk) is slow, not gone: the time-out of attempts does not
 //! run then.
@@ -12,6 +17,8 @@
 mod confirms;
 mod link;
 mod publisher;
+mod verdict;
+mod words;
 
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -27,10 +34,11 @@ use tokio::time::Instant;
 use url::Url;
 
 use self::link::{Dialer, Link};
+use self::words::Unsaid;
 use super::metadata::{self, Binding, Format};
 use super::tls::Tls;
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
-use crate::document::Section;
+use crate::document::{Section, Shape, Value};
 use crate::event::Event;
 use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
@@ -40,8 +48,6 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 const DEFAULT_HEARTBEAT: u16 = 15;
 /// The longest text that AMQP can hold where it is short: names of exchanges, routing keys, names of headers.
 const MAX_SHORT: usize = u8::MAX as usize;
-/// All headers travel in one frame; brokers limit those to 128 KiB.
-const MAX_HEADERS: usize = 64 * 1024;
 
 /// The checked settings.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,6 +60,8 @@ pub struct Config {
     declare: Option<Declare>,
     timeout: Duration,
     tls: Tls,
+    /// Names that came from variables or files.
+    unsaid: Unsaid,
 }
 
 /// A broker's address. Debug does not show its credentials.
@@ -86,6 +94,7 @@ impl Config {
             section.problem("tls", "no URL uses TLS; write amqps://");
         }
         Some(Self {
+            unsaid: read_unsaid(section, &urls, &exchange, &routing_key),
             declare: read_declare(section, &exchange),
             headers: metadata::read_headers(section, Binding::Amqp, |name, _| check_header_name(name)),
             format: metadata::read_format(section),
@@ -139,7 +148,9 @@ impl Config {
         }
         let message = Message {
             exchange: view.render(&self.exchange, event, Escape::None),
+            exchange_varies: self.exchange.as_literal().is_none(),
             routing_key: view.render(&self.routing_key, event, Escape::None),
+            routing_key_varies: self.routing_key.as_literal().is_none(),
             id: event.id().to_string(),
             timestamp: metadata::unix_seconds(now),
             headers,
@@ -150,9 +161,6 @@ impl Config {
                 let text = format!("the event's values make the {what} longer than AMQP's 255 bytes");
                 return Err(DeliveryError::reject("name_too_long", text));
             }
-        }
-        if message.headers.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > MAX_HEADERS {
-            return Err(DeliveryError::reject("headers_too_large", "the headers are larger than 64 KiB"));
         }
         Ok(message)
     }
@@ -165,13 +173,33 @@ const PERSISTENT: u8 = 2;
 struct Message {
     exchange: String,
     routing_key: String,
+    /// Whether they are the event's own, and not the same for all.
+    exchange_varies: bool,
+    routing_key_varies: bool,
     id: String,
     timestamp: u64,
     headers: Vec<(String, String)>,
     body: Bytes,
 }
 
+/// A little more than a frame takes with properties that are not headers.
+const FRAME_OVERHEAD: usize = 128;
+/// What a header takes beside its name and its value: the lengths of both, and a type.
+const HEADER_OVERHEAD: usize = 6;
+
 impl Message {
+    /// About how long the frame is that all properties have to fit into, and never less than that.
+    fn frame_len(&self) -> usize {
+        let headers = self.headers.iter().map(|(name, value)| HEADER_OVERHEAD + name.len() + value.len());
+        FRAME_OVERHEAD + headers.sum::<usize>()
+    }
+
+    /// The names in it that are the event's.
+    fn names_of_event(&self) -> impl Iterator<Item = &str> {
+        let names = [(&self.exchange, self.exchange_varies), (&self.routing_key, self.routing_key_varies)];
+        names.into_iter().filter_map(|(name, varies)| varies.then_some(name.as_str()))
+    }
+
     fn properties(&self) -> BasicProperties {
         let mut headers = FieldTable::default();
         for (name, value) in &self.headers {
@@ -217,8 +245,8 @@ impl RabbitMq {
         let message = self.config.message(event, attempt, SystemTime::now(), View::Real)?;
         let mut publish = pin!(async {
             let session = self.link.session().await?;
-            session.require_exchange(&message.exchange).await?;
-            session.publish(message).await
+            session.admit(&message).await?;
+            self.link.publish(message).await
         });
         // By reference, or the attempt would take twice the memory.
         let in_time = within(self.config.timeout, self.link.blocked(), &mut publish).await;
@@ -257,6 +285,9 @@ async fn within<T>(
     }
 }
 
+/// What a URL can say after its `?`.
+const PARAMETERS: [&str; 5] = ["auth_mechanism", "channel_max", "connection_timeout", "frame_max", "heartbeat"];
+
 impl AmqpUrl {
     fn parse(text: &str) -> Result<Self, &'static str> {
         const EXPECTED: &str = "not an AMQP URL, such as \"amqps://user:password@host/vhost\"";
@@ -268,11 +299,30 @@ impl AmqpUrl {
             Some(url::Host::Ipv4(address)) => address.to_string(),
             Some(url::Host::Ipv6(address)) => address.to_string(),
         };
+        if url.port() == Some(0) {
+            return Err("nothing listens on port 0");
+        }
+        if url.path().get(1..).is_some_and(|path| path.contains('/')) {
+            return Err("a / within the virtual host is written %2f");
+        }
+        if url.fragment().is_some() {
+            return Err("what follows # in a URL is never sent; within a password it is written %23");
+        }
+        if url.query_pairs().any(|(name, _)| !PARAMETERS.contains(&&*name)) {
+            return Err(
+                "a parameter of the URL is none of auth_mechanism, channel_max, connection_timeout, frame_max, heartbeat",
+            );
+        }
         if [&uri.vhost, &uri.authority.userinfo.username].iter().any(|text| text.len() > MAX_SHORT) {
             return Err("the URL's user or virtual host is longer than AMQP's 255 bytes");
         }
         uri.query.heartbeat.get_or_insert(DEFAULT_HEARTBEAT);
         Ok(Self(uri))
+    }
+
+    /// Names that a broker may quote.
+    fn names(&self) -> [&str; 2] {
+        [&self.0.authority.userinfo.username, &self.0.vhost]
     }
 
     fn is_tls(&self) -> bool {
@@ -311,6 +361,25 @@ fn read_urls(section: &mut Section<'_>) -> Vec<AmqpUrl> {
         }
     }
     urls
+}
+
+/// The names that have a variable or a file in them; those that an event has a part in are known with the event.
+fn read_unsaid(section: &mut Section<'_>, urls: &[AmqpUrl], exchange: &Template, routing_key: &Template) -> Unsaid {
+    let [of_urls, of_exchange, of_key] =
+        ["urls", "exchange", "routing_key"].map(|key| section.value(key).is_some_and(refers));
+    let urls = urls.iter().filter(|_| of_urls).flat_map(AmqpUrl::names);
+    let exchange = exchange.as_literal().filter(|_| of_exchange);
+    let routing_key = routing_key.as_literal().filter(|_| of_key);
+    Unsaid::new(urls.chain(exchange).chain(routing_key).map(str::to_owned))
+}
+
+/// Whether a variable or a file is part of a text, or of one in a list.
+fn refers(value: Value<'_>) -> bool {
+    match value.shape() {
+        Shape::Text(text) => text.contains("${"),
+        Shape::Array(values) => values.into_iter().any(refers),
+        Shape::Scalar(_) | Shape::Table(_) | Shape::Datetime => false,
+    }
 }
 
 /// Reads `declare`. Only an exchange that is the same for every event can be declared in advance.

@@ -1,4 +1,7 @@
 //! Publishes on one confirm channel, with many messages unconfirmed at once, until the connection or channel ends.
+//!
+//! A broker that refuses a message closes the channel, and does not say for which. All that were unconfirmed are left over
+//! then, for somebody to find out.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -8,19 +11,21 @@ use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
 use lapin::options::BasicPublishOptions;
+use lapin::protocol::{AMQPError, AMQPErrorKind, AMQPHardError};
 use lapin::{Channel, Confirmation, ConnectionStatus, ErrorKind, Event};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
-use super::confirms::{Confirms, Outcome, Returned, Settled};
-use super::{Message, short};
+use super::confirms::{Confirms, Returned, Settled};
+use super::words::Unsaid;
+use super::{Message, short, verdict};
 use crate::sink::DeliveryError;
 
 /// Messages without a confirm, also those that no attempt waits for any more. At this bound attempts wait.
 const MAX_UNCONFIRMED: usize = 4096;
 /// Jobs taken in at once.
 const MAX_TAKEN: usize = 256;
-/// How long the messages under way may take to learn that the connection has ended.
+/// How long the messages under way may take to learn that the channel has ended.
 const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// A message and whom to tell what became of it.
@@ -29,18 +34,34 @@ pub(super) struct Job {
     pub(super) reply: oneshot::Sender<Result<(), DeliveryError>>,
 }
 
-/// Publishes what comes from `jobs` until the connection ends, and says why it did.
+impl Job {
+    /// An attempt that timed out or was dropped has nobody to tell.
+    pub(super) fn tell(self, result: Result<(), DeliveryError>) {
+        drop(self.reply.send(result));
+    }
+}
+
+/// What is left when the channel or the connection has ended.
+pub(super) struct Ended {
+    /// Why it has.
+    pub(super) reason: String,
+    /// One of these messages was refused, and which is not known; their attempts have not been told anything.
+    pub(super) unclear: Vec<Job>,
+}
+
+/// Publishes what comes from `jobs` until the channel or the connection ends.
 pub(super) async fn run(
     sink: &str,
-    connection: ConnectionStatus,
-    channel: Channel,
+    connection: &ConnectionStatus,
+    channel: &Channel,
     events: impl Stream<Item = Event>,
-    mut jobs: mpsc::Receiver<Job>,
+    jobs: &mut mpsc::Receiver<Job>,
     blocked: &watch::Sender<bool>,
-) -> String {
+    unsaid: &Unsaid,
+) -> Ended {
     let mut events = pin!(events);
     let mut unconfirmed = FuturesUnordered::new();
-    let mut confirms = Confirms::new();
+    let mut books = Books { connection, unsaid, confirms: Confirms::new(), unclear: Vec::new() };
     let mut taken = Vec::new();
     let mut ended = None;
     while ended.is_none() {
@@ -48,14 +69,14 @@ pub(super) async fn run(
         tokio::select! {
             Some(first) = unconfirmed.next() => {
                 let settled = with_all_ready(first, &mut unconfirmed);
-                ended = settle(&mut confirms, settled, unconfirmed.is_empty());
+                ended = books.settle(settled, unconfirmed.is_empty());
             }
             count = jobs.recv_many(&mut taken, room), if room > 0 => {
                 if count == 0 {
                     ended = Some("the sink is closed".to_owned());
                 }
                 let wanted = taken.drain(..).filter(|job: &Job| !job.reply.is_closed());
-                unconfirmed.extend(wanted.map(|job| publish(&channel, job)));
+                unconfirmed.extend(wanted.map(|job| publish(channel, job)));
             }
             event = events.next() => match event {
                 Some(Event::ConnectionBlocked(reason)) => {
@@ -68,121 +89,105 @@ pub(super) async fn run(
                 }
                 // Other channels, on which exchanges are looked for, may end.
                 Some(Event::Error(error)) if !(connection.connected() && channel.status().connected()) => {
-                    ended = Some(describe(&error));
+                    ended = Some(unsaid.describe_shared(&error));
                 }
                 Some(_) => {}
                 None => ended = Some("the connection is closed".to_owned()),
             },
         }
     }
+    let reason = ended.unwrap_or_default();
     let last_call = async {
         while let Some(first) = unconfirmed.next().await {
             let settled = with_all_ready(first, &mut unconfirmed);
-            settle(&mut confirms, settled, unconfirmed.is_empty());
+            books.settle(settled, false);
         }
     };
     if tokio::time::timeout(LAST_CALL, last_call).await.is_err() {
-        debug!(sink, "some messages were not told that the connection is lost; their attempts notice");
+        debug!(sink, "some messages were not told that the channel has ended; their attempts notice");
     }
-    ended.unwrap_or_default()
+    let Books { mut unclear, confirms, .. } = books;
+    for job in confirms.into_unsure() {
+        match unclear.is_empty() {
+            true => job.tell(Err(verdict::lost(&reason))),
+            false => unclear.push(job),
+        }
+    }
+    Ended { reason, unclear }
 }
 
 type Published = (Job, lapin::Result<Confirmation>);
 
 async fn publish(channel: &Channel, job: Job) -> Published {
-    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let Message { exchange, routing_key, body, .. } = &job.message;
-    let properties = job.message.properties();
-    let publish = channel.basic_publish(short(exchange), short(routing_key), options, body, properties);
-    let result = match publish.await {
-        Ok(confirm) => confirm.await,
-        Err(error) => Err(error),
-    };
+    let result = send(channel, &job.message).await;
     (job, result)
 }
 
-/// Tells attempts what became of their messages, as far as that is certain. Says why the channel has ended, if it has.
-fn settle(confirms: &mut Confirms<Job>, published: Vec<Published>, idle: bool) -> Option<String> {
-    let mut ended = None;
-    let mut settled = Vec::with_capacity(published.len());
-    for (job, result) in published {
-        let (ack, taken) = match result {
-            Ok(Confirmation::Ack(taken)) => (true, taken),
-            Ok(Confirmation::Nack(taken)) => (false, taken),
-            Ok(Confirmation::NotRequested) => (false, None),
-            Err(error) => {
-                ended = Some(describe(&error));
-                let size = job.message.body.len();
-                answer(job, Err(failure(&error, size)));
-                continue;
+/// Publishes a message and awaits its confirm.
+pub(super) async fn send(channel: &Channel, message: &Message) -> lapin::Result<Confirmation> {
+    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    let Message { exchange, routing_key, body, .. } = message;
+    channel.basic_publish(short(exchange), short(routing_key), options, body, message.properties()).await?.await
+}
+
+/// What a confirm says: whether the broker has taken charge, and the returned message that came with it.
+pub(super) fn read(confirmation: Confirmation) -> (bool, Option<(String, Returned)>) {
+    let (ack, taken) = match confirmation {
+        Confirmation::Ack(taken) => (true, taken),
+        Confirmation::Nack(taken) => (false, taken),
+        Confirmation::NotRequested => (false, None),
+    };
+    let taken = taken.map(|message| {
+        let id = message.delivery.properties.message_id().as_ref().map(ToString::to_string);
+        let returned = Returned { code: message.reply_code, text: message.reply_text.to_string() };
+        (id.unwrap_or_default(), returned)
+    });
+    (ack, taken)
+}
+
+/// What is known of the messages on the channel.
+struct Books<'c> {
+    connection: &'c ConnectionStatus,
+    unsaid: &'c Unsaid,
+    confirms: Confirms<Job>,
+    unclear: Vec<Job>,
+}
+
+impl Books<'_> {
+    /// Tells attempts what became of their messages, as far as that is certain. Says why the channel has ended, if it has.
+    fn settle(&mut self, published: Vec<Published>, idle: bool) -> Option<String> {
+        let mut ended = None;
+        let mut settled = Vec::with_capacity(published.len());
+        for (job, result) in published {
+            match result {
+                Ok(confirmation) => {
+                    let (ack, taken) = read(confirmation);
+                    settled.push(Settled { id: job.message.id.clone(), job, ack, taken });
+                }
+                Err(error) => {
+                    let reason = self.unsaid.describe_shared(&error);
+                    match self.connection.connected() || is_for_refusal(&error) {
+                        true => self.unclear.push(job),
+                        false => job.tell(Err(verdict::lost(&reason))),
+                    }
+                    ended = Some(reason);
+                }
             }
-        };
-        let taken = taken.map(|message| {
-            let id = message.delivery.properties.message_id().as_ref().map(ToString::to_string);
-            let returned = Returned { code: message.reply_code, text: message.reply_text.to_string() };
-            (id.unwrap_or_default(), returned)
-        });
-        settled.push(Settled { id: job.message.id.clone(), job, ack, taken });
-    }
-    for (job, outcome) in confirms.settle(settled, idle) {
-        answer(job, judge(outcome));
-    }
-    ended
-}
-
-/// An attempt that timed out or was dropped has nobody to tell.
-fn answer(job: Job, result: Result<(), DeliveryError>) {
-    drop(job.reply.send(result));
-}
-
-fn judge(outcome: Outcome) -> Result<(), DeliveryError> {
-    match outcome {
-        Outcome::Accepted => Ok(()),
-        Outcome::Nacked => Err(DeliveryError::retry("nack", "the broker could not take charge of the message")),
-        Outcome::Unroutable(Returned { code, text }) => {
-            Err(DeliveryError::reject("unroutable", format!("no queue takes the message: {code} {text}")))
         }
-    }
-}
-
-/// What the end of the channel means for a message of `size` bytes that was under way.
-fn failure(error: &lapin::Error, size: usize) -> DeliveryError {
-    if max_message_size(error).is_some_and(|max| size > max) {
-        return DeliveryError::reject("message_too_large", "the message is larger than the broker allows");
-    }
-    let text = format!("the connection was lost before the broker confirmed: {}", describe(error));
-    DeliveryError::retry("connection_lost", text)
-}
-
-/// The broker's limit, where it closed the channel because one of the messages was larger: 406 "message size 200
-/// larger than configured max size 100", in words that differ from version to version.
-fn max_message_size(error: &lapin::Error) -> Option<usize> {
-    let ErrorKind::ProtocolError(error) = error.kind() else { return None };
-    let text = error.get_message().to_string();
-    let text = text.contains("message size").then_some(text)?;
-    text.rsplit(|c: char| !c.is_ascii_digit()).find_map(|number| number.parse().ok())
-}
-
-/// The code that the broker closed the channel or connection with.
-pub(super) fn reply_code(error: &lapin::Error) -> Option<u16> {
-    match error.kind() {
-        ErrorKind::ProtocolError(error) => Some(error.get_id()),
-        _ => None,
-    }
-}
-
-/// An error in words. What a broker says about a channel may quote the message's routing key, and is left out.
-pub(super) fn describe(error: &lapin::Error) -> String {
-    match error.kind() {
-        ErrorKind::ProtocolError(amqp) if error.is_amqp_soft_error() => {
-            format!("the broker closed the channel: {} {:?}", amqp.get_id(), amqp.kind())
+        // A confirm that does not come any more may be the one that would have shown a return.
+        let idle = idle && ended.is_none();
+        for (job, outcome) in self.confirms.settle(settled, idle) {
+            job.tell(verdict::judge(outcome));
         }
-        ErrorKind::ProtocolError(amqp) => {
-            format!("the broker closed the connection: {} {}", amqp.get_id(), amqp.get_message())
-        }
-        ErrorKind::IOError(error) => error.to_string(),
-        _ => error.to_string(),
+        ended
     }
+}
+
+/// Whether the channel has ended because a message was refused. Where lapin has still sent others on it, they have taken the
+/// connection with them.
+fn is_for_refusal(error: &lapin::Error) -> bool {
+    let is_stray = |error: &AMQPError| *error.kind() == AMQPErrorKind::Hard(AMQPHardError::CHANNELERROR);
+    error.is_amqp_soft_error() || matches!(error.kind(), ErrorKind::ProtocolError(error) if is_stray(error))
 }
 
 /// All that is ready by now, in any order. A stream that is pending without having asked to be polled again has no more:
