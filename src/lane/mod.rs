@@ -300,25 +300,6 @@ impl Lane {
         }
     }
 
-    /// Whether a delivery that has failed has become too old to be tried again, while it waited for its turn or the relay
-    /// was away.
-    fn is_too_old(&self, delivery: &Delivery) -> bool {
-        delivery.failures > 0 && self.config.retry.is_too_old(delivery.age(ledger::now()))
-    }
-
-    /// Gives up all that are ready and too old; whether there were any.
-    fn expire_ready(&mut self) -> bool {
-        let mut found = false;
-        // One that is given up lets others of its key be ready.
-        while let Some(index) = self.ready.iter().position(|delivery| self.is_too_old(delivery))
-            && let Some(delivery) = self.ready.remove(index)
-        {
-            self.expire(&delivery);
-            found = true;
-        }
-        found
-    }
-
     /// Takes a turn of the rate.
     fn may_attempt(&mut self, now: Instant) -> bool {
         self.limited_until = match &self.limit {

@@ -1,4 +1,4 @@
-//! What an attempt's end means for its delivery, for those of its key, and for the sink.
+//! What an attempt's end means for its delivery, for those of its key, and for the sink; and which deliveries have no other.
 
 use std::time::{Duration, Instant};
 
@@ -120,6 +120,25 @@ impl Lane {
             self.failing_parked += usize::from(self.failing_since.is_some());
             self.window.settle(ticket);
         }
+    }
+
+    /// Whether a delivery that has failed has become too old to be tried again, while it waited for its turn or the relay
+    /// was away.
+    pub(super) fn is_too_old(&self, delivery: &Delivery) -> bool {
+        delivery.failures > 0 && self.config.retry.is_too_old(delivery.age(ledger::now()))
+    }
+
+    /// Gives up all that are ready and too old; whether there were any.
+    pub(super) fn expire_ready(&mut self) -> bool {
+        let mut found = false;
+        // One that is given up lets others of its key be ready.
+        while let Some(index) = self.ready.iter().position(|delivery| self.is_too_old(delivery))
+            && let Some(delivery) = self.ready.remove(index)
+        {
+            self.expire(&delivery);
+            found = true;
+        }
+        found
     }
 
     /// Gives up a parked delivery that is too old to be tried again.

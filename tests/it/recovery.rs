@@ -286,7 +286,8 @@ async fn what_is_too_old_when_its_turn_comes_is_not_tried_again() {
         let delivery = format!(
             "max_age = \"{MAX_AGE:?}\", schedule = [\"1s\"], breaker = {{ failures = {failures}, probe = \"100ms\" }}"
         );
-        let relay = Setup::new(&(sink("http", &server, &delivery) + &all_to(&["http"]))).start().await;
+        let setup = Setup::new(&(sink("http", &server, &delivery) + &all_to(&["http"])));
+        let relay = setup.start().await;
         let has_parked = async |relay: &Relay, count: u64| {
             relay.sink_is("http", "has parked them", |sink| sink["parked"] == count).await;
         };
@@ -307,7 +308,7 @@ async fn what_is_too_old_when_its_turn_comes_is_not_tried_again() {
         up.store(false, Ordering::Relaxed);
         post(&relay, &[(2, "sent")]).await;
         has_parked(&relay, 1).await;
-        let setup = relay.kill().await;
+        relay.stop().await;
         up.store(true, Ordering::Relaxed);
         grows_old().await;
         let relay = setup.start().await;
