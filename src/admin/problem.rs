@@ -178,6 +178,9 @@ fn object_into<T: DeserializeOwned>(mut object: Map<String, Value>) -> Result<T,
 
 /// To JSON `10.0` is the same number as `10`.
 fn whole_numbers(value: &mut Value) {
+    if let Value::Array(values) = value {
+        return values.iter_mut().for_each(whole_numbers);
+    }
     #[expect(clippy::cast_possible_truncation, reason = "the range is looked at first")]
     if let Some(number) = value.as_f64().filter(|number| value.is_f64() && number.fract() == 0.0 && number.abs() < 9e15)
     {

@@ -1,5 +1,6 @@
 //! Up to which dead letters something goes that takes several requests.
 
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
@@ -42,10 +43,11 @@ impl UpTo {
             UpTo(UpTo),
             Text(String),
         }
-        Ok(match Option::<Given>::deserialize(deserializer)? {
+        let wrong = |_| D::Error::custom("up_to is a number, or a list of numbers, as an earlier answer has it");
+        Ok(match Option::<Given>::deserialize(deserializer).map_err(wrong)? {
             None => None,
             Some(Given::UpTo(up_to)) => Some(up_to),
-            Some(Given::Text(text)) => Some(serde_json::from_str(&text).map_err(serde::de::Error::custom)?),
+            Some(Given::Text(text)) => Some(serde_json::from_str(&text).map_err(D::Error::custom)?),
         })
     }
 }

@@ -432,7 +432,7 @@ async fn the_command_line() {
         (&["replay", "--sink", "x", "--rate", "0"], "0 is not in 1.."),
         (&["dead-letters", "replay", "--all", "--rate", "0"], "0 is not in 1.."),
         (&["dead-letters", "discard", "2", "--sink", "x"], "'[IDS]...' cannot be used with"),
-        (&["dead-letters", "discard", "--all", "2"], "'[IDS]...' cannot be used with '--all'"),
+        (&["dead-letters", "discard", "--all", "2"], "'--all' cannot be used with '[IDS]...'"),
         (&["dead-letters", "replay", "2", "--since", "2h"], "'[IDS]...' cannot be used with"),
         (&["dead-letters", "replay", "2", "--rate", "5"], "'[IDS]...' cannot be used with '--rate <RATE>'"),
         (&["dead-letters", "list", "--since", "99999999y"], "\"99999999y\" is no time"),

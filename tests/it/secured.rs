@@ -65,7 +65,7 @@ async fn kafka_takes_a_password_over_tls() {
     ] {
         setup.file("relay.toml", &journal(&options));
         let done = setup.run(&["check", "--connect"], "").await;
-        assert!(done.code == Some(1) && done.stderr.contains(expected), "{done:?}\n should have {expected}");
+        assert!(done.code == Some(1) && done.stdout.contains(expected), "{done:?}\n should have {expected}");
     }
     setup.file("relay.toml", &journal(&options("SCRAM-SHA-512", "secret", &authority.ca())));
     let relay = setup.start().await;
