@@ -2,7 +2,7 @@
 
 mod explain;
 
-use std::error::Error as _;
+use std::error::Error;
 use std::iter::successors;
 use std::path::Path;
 use std::sync::Arc;
@@ -140,9 +140,7 @@ fn read_sinks<'d>(
         let concurrency = sink.as_ref().map_or(1, sink::Config::default_concurrency);
         let lane = lane::Config::read(&mut section, concurrency);
         if let Some(Err((key, error))) = sink.as_ref().map(&check) {
-            let causes = successors(error.source(), |&cause| cause.source());
-            let message = causes.fold(error.to_string(), |message, cause| format!("{message}: {cause}"));
-            section.problem(key, message);
+            section.problem(key, with_causes(&error));
         }
         section.finish();
         if let Some(sink) = sink {
@@ -173,6 +171,12 @@ fn finished(document: Document<'_>) -> Result<Vec<Problem>, RulesError> {
         true => Err(RulesError::Problems { problems }),
         false => Ok(problems),
     }
+}
+
+/// What an error says, and what all those say that it comes from.
+pub(crate) fn with_causes(error: &dyn Error) -> String {
+    let causes = successors(error.source(), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 #[cfg(test)]

@@ -380,6 +380,19 @@ fn sources_keep_the_limits_and_words() {
     assert_none(&complaints);
 }
 
+/// Lanes, ingress and sinks are the same over either kind of journal.
+#[test]
+fn only_those_who_open_a_journal_know_its_kind() {
+    let mut complaints = Vec::new();
+    for (path, source) in ["src/lane", "src/ingress", "src/sink"].into_iter().flat_map(sources) {
+        let code = code(&without_tests(&source));
+        for kind in ["journal::disk", "journal::kafka"] {
+            complaints.extend(code.contains(kind).then(|| format!("{} names {kind}", path.display())));
+        }
+    }
+    assert_none(&complaints);
+}
+
 #[test]
 fn scripts_are_executable() {
     for folder in ["scripts", ".ci"] {

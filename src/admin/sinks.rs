@@ -13,7 +13,7 @@ use super::replicas::{Cluster, Replica};
 use super::{Live, Operated, Shared, time};
 use crate::event::rfc3339;
 use crate::journal::Health;
-use crate::journal::kafka::NotJoined;
+use crate::journal::NotJoined;
 use crate::lane::{self, Controls};
 
 /// The relay.

@@ -76,6 +76,15 @@ pub enum Health {
     Failed(String),
 }
 
+/// Why nothing of a journal that replicas share comes to this one.
+#[derive(Clone, Debug)]
+pub struct NotJoined {
+    /// When it was last tried.
+    pub at: SystemTime,
+    /// For people.
+    pub reason: String,
+}
+
 /// One core's way into the journal. Clones share what gathers there.
 #[derive(Clone)]
 #[expect(missing_docs, reason = "named like the kinds")]

@@ -10,8 +10,8 @@ use futures_util::future::join_all;
 
 use super::control::{Control, Failure, Status, Stopped};
 use crate::event::Event;
+use crate::journal::NotJoined;
 use crate::journal::Position;
-use crate::journal::kafka::NotJoined;
 
 /// A handle on a sink's lanes. Clones reach the same ones, also those that come later.
 #[derive(Clone, Default)]

@@ -17,6 +17,7 @@ use crate::admin::{self, Outcome, Reload, ReloadRequest};
 use crate::config::Config;
 use crate::ingress;
 use crate::reload::{Loaded, Seen};
+use crate::rules::with_causes;
 
 /// How many operators may wait for a reload.
 const REQUESTS: usize = 16;
@@ -87,7 +88,7 @@ impl Reloads {
                     Ok(_) if same && !carriers.in_force().was_refused() => (Outcome::Unchanged, Vec::new()),
                     Ok(loaded) => match self.apply(loaded, carriers).await {
                         Ok(warnings) => (Outcome::Applied, warnings),
-                        Err(error) => refused(vec![error_chain(&error)]),
+                        Err(error) => refused(vec![with_causes(&error)]),
                     },
                     Err(error) => refused(error.errors()),
                 }
@@ -139,9 +140,4 @@ impl Reloads {
 fn emptied(file: &Path) -> String {
     let file = file.display();
     format!("{file} is gone or empty, and had something in it before: write it again, or restart without it")
-}
-
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

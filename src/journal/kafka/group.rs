@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use super::{Config, Readers};
-use crate::journal::Position;
+use crate::journal::{NotJoined, Position};
 use crate::kafka::Log;
 
 /// How many moves may wait to be told.
@@ -47,15 +47,6 @@ pub enum Moved {
         /// To be told when they are given up.
         done: SyncSender<()>,
     },
-}
-
-/// Why this replica is not in a group.
-#[derive(Clone, Debug)]
-pub struct NotJoined {
-    /// When it was last tried.
-    pub at: SystemTime,
-    /// What brokers or librdkafka say.
-    pub reason: String,
 }
 
 /// This replica's membership of a group.

@@ -33,7 +33,7 @@ use serde::Deserialize;
 pub use append::{Append, Appender, Journal, View};
 pub use board::{Board, Note};
 pub use ends::Ends;
-pub use group::{Group, Member, Moved, NotJoined, known_sinks, try_to_join};
+pub use group::{Group, Member, Moved, known_sinks, try_to_join};
 pub use reader::{ReadError, Reader, Readers};
 pub use reception::Reception;
 pub use scan::Scan;

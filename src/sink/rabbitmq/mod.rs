@@ -38,7 +38,7 @@ use self::words::Unsaid;
 use super::metadata::{self, Binding, Format};
 use super::tls::Tls;
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
-use crate::document::{Section, Shape, Value};
+use crate::document::{self, Section, Shape, Value};
 use crate::event::Event;
 use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
@@ -376,7 +376,7 @@ fn read_unsaid(section: &mut Section<'_>, urls: &[AmqpUrl], exchange: &Template,
 /// Whether a variable or a file is part of a text, or of one in a list.
 fn refers(value: Value<'_>) -> bool {
     match value.shape() {
-        Shape::Text(text) => text.contains("${"),
+        Shape::Text(text) => document::refers(text),
         Shape::Array(values) => values.into_iter().any(refers),
         Shape::Scalar(_) | Shape::Table(_) | Shape::Datetime => false,
     }
