@@ -1,6 +1,7 @@
 //! What those share who speak to Kafka: a producer, following a topic, librdkafka's log, and what may be said about brokers and
 //! options.
 
+mod courier;
 mod follower;
 mod producer;
 mod silence;
@@ -17,6 +18,7 @@ use rdkafka::producer::{BaseProducer, DeliveryResult, ProducerContext};
 use rdkafka::{ClientConfig, ClientContext};
 use tracing::{debug, info, warn};
 
+pub use courier::Courier;
 pub use follower::Follower;
 pub use producer::{Place, Producer, Record, SendError, Sent};
 pub use silence::Silence;
@@ -138,6 +140,10 @@ impl GivenUp {
             Err(error) => debug!(%error, "a client was ended here and now"),
         }
     }
+}
+
+fn code_of(error: &KafkaError) -> Code {
+    error.rdkafka_error_code().unwrap_or(Code::Fail)
 }
 
 /// What is wrong with a list of brokers.

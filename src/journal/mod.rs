@@ -152,7 +152,7 @@ impl Appender {
     pub async fn courier(self) {
         match self {
             Self::Disk(appender) => appender.courier().await,
-            Self::Kafka(_) => std::future::pending().await,
+            Self::Kafka(appender) => appender.courier().await,
         }
     }
 }

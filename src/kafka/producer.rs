@@ -11,15 +11,19 @@ use bytes::Bytes;
 use rdkafka::ClientConfig;
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::message::{Header, Message as _, OwnedHeaders};
-use rdkafka::producer::{DeliveryFuture, FutureProducer, FutureRecord, Producer as _};
+use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
+use tokio::sync::oneshot;
 use tracing::warn;
 
-use super::Log;
+use super::courier::{Courier, Report, Reports, Waiting};
 use super::silence::Silence;
+use super::{Log, code_of};
 
 /// How long a producer that is not needed any more waits for what is on its way.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one call may wait for reports. It is busy for the last millisecond.
+const POLL: Duration = Duration::from_secs(1);
 
 /// What is sent.
 pub struct Record {
@@ -49,7 +53,7 @@ impl Record {
 }
 
 /// A record on its way.
-pub struct Sent(DeliveryFuture);
+pub struct Sent(oneshot::Receiver<Report>);
 
 /// Where a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +91,7 @@ pub struct Producer {
 
 enum State {
     Unmade,
-    Made(FutureProducer<Log>),
+    Made(Arc<BaseProducer<Reports>>),
     Closed,
 }
 
@@ -118,31 +122,37 @@ impl Producer {
     ///
     /// [`SendError`].
     pub async fn send(&self, record: &Record) -> Result<Place, SendError> {
-        self.arrived(self.begin(record)?).await
+        self.arrived(self.begin(record, None)?).await
     }
 
-    /// Queues one record.
+    /// Queues one record. Its delivery report comes by the courier, if one is given, who has to be running.
     ///
     /// # Errors
     ///
     /// [`SendError`]: nothing was sent.
-    pub fn begin(&self, record: &Record) -> Result<Sent, SendError> {
-        let message = FutureRecord {
+    pub fn begin(&self, record: &Record, courier: Option<&Arc<Courier>>) -> Result<Sent, SendError> {
+        let (report, sent) = oneshot::channel();
+        let waiting = Box::new(Waiting { report, courier: courier.cloned() });
+        let message = BaseRecord {
             topic: &record.topic,
             partition: record.partition,
             key: record.key.as_deref(),
             payload: record.body.as_deref(),
             headers: record.headers(),
             timestamp: None,
+            delivery_opaque: waiting,
         };
-        let sent = match &**self.state.load() {
-            State::Made(producer) => producer.send_result(message),
-            State::Unmade | State::Closed => self.make().map_err(|error| refused(&error))?.send_result(message),
+        let queued = match &**self.state.load() {
+            State::Made(producer) => producer.send(message),
+            State::Unmade | State::Closed => self.make().map_err(|error| refused(&error))?.send(message),
         };
-        sent.map(Sent).map_err(|(error, _message)| {
-            self.replace_failed();
-            refused(&error)
-        })
+        match queued {
+            Ok(()) => Ok(Sent(sent)),
+            Err((error, _message)) => {
+                self.replace_failed();
+                Err(refused(&error))
+            }
+        }
     }
 
     /// Awaits a record's delivery report.
@@ -157,19 +167,19 @@ impl Producer {
     /// [`Producer::arrived`], for whoever is a future already.
     pub fn poll_arrived(&self, sent: &mut Sent, cx: &mut Context<'_>) -> Poll<Result<Place, SendError>> {
         let error = match ready!(Pin::new(&mut sent.0).poll(cx)) {
-            Ok(Ok(accepted)) => {
-                self.silence.heard(accepted.partition);
-                return Poll::Ready(Ok(Place { partition: accepted.partition, offset: accepted.offset }));
+            Ok(Ok(place)) => {
+                self.silence.heard(place.partition);
+                return Poll::Ready(Ok(place));
             }
-            Ok(Err((error, message))) => {
-                let code = code_of(&error);
-                if code == RDKafkaErrorCode::MessageTimedOut && self.silence.missed(message.partition(), Instant::now())
+            Ok(Err(unsent)) => {
+                if unsent.code == RDKafkaErrorCode::MessageTimedOut
+                    && self.silence.missed(unsent.partition, Instant::now())
                 {
-                    self.replace_silent(message.topic(), message.partition());
+                    self.replace_silent(&unsent.topic, unsent.partition);
                 }
-                SendError::Report(code)
+                SendError::Report(unsent.code)
             }
-            Err(_canceled) => SendError::Closed,
+            Err(_closed) => SendError::Closed,
         };
         self.replace_failed();
         Poll::Ready(Err(error))
@@ -187,14 +197,14 @@ impl Producer {
     }
 
     /// The producer, made now if need be; `Canceled` after [`Producer::close`].
-    fn make(&self) -> KafkaResult<FutureProducer<Log>> {
+    fn make(&self) -> KafkaResult<Arc<BaseProducer<Reports>>> {
         let _changing = self.lock();
         match &**self.state.load() {
-            State::Made(producer) => Ok(producer.clone()),
+            State::Made(producer) => Ok(Arc::clone(producer)),
             State::Closed => Err(KafkaError::Canceled),
             State::Unmade => {
-                let producer = FutureProducer::from_config_and_context(&self.config, self.log.clone())?;
-                self.state.store(Arc::new(State::Made(producer.clone())));
+                let producer = start(&self.config, self.log.clone())?;
+                self.state.store(Arc::new(State::Made(Arc::clone(&producer))));
                 Ok(producer)
             }
         }
@@ -256,13 +266,23 @@ impl State {
     }
 }
 
+/// A producer, and the thread that its reports come on: for as long as others have the producer.
+fn start(config: &ClientConfig, log: Log) -> KafkaResult<Arc<BaseProducer<Reports>>> {
+    let producer: Arc<BaseProducer<_>> = Arc::new(BaseProducer::from_config_and_context(config, Reports(log))?);
+    let polled = Arc::clone(&producer);
+    let poll = move || {
+        while Arc::strong_count(&polled) > 1 {
+            polled.poll(POLL);
+        }
+    };
+    let started = std::thread::Builder::new().name("kafka-reports".to_owned()).spawn(poll);
+    started.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+    Ok(producer)
+}
+
 fn refused(error: &KafkaError) -> SendError {
     match error {
         KafkaError::Canceled => SendError::Closed,
         error => SendError::Local(code_of(error)),
     }
-}
-
-fn code_of(error: &KafkaError) -> RDKafkaErrorCode {
-    error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)
 }

@@ -13,7 +13,7 @@ use rdkafka::error::RDKafkaErrorCode as Code;
 use super::topics::{self, Topics};
 use super::{Address, Addressing, Aside, Config, Ends, OpenError, REPLAYED, ReadError, Reception, Scan, scan};
 use crate::journal::{AppendError, Position, Start};
-use crate::kafka::{Log, Producer, Record, SendError, Sent};
+use crate::kafka::{Courier, Log, Producer, Record, SendError, Sent};
 
 /// How long brokers may take to be there.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -34,9 +34,10 @@ struct Writing {
     reception: Reception,
 }
 
-/// A way into the journal. Clones share it.
+/// One core's way into the journal. Clones share its courier.
 #[derive(Clone)]
 pub struct Appender {
+    courier: Arc<Courier>,
     topic: Arc<str>,
     writing: Arc<Writing>,
     addressing: Arc<ArcSwap<Box<dyn Addressing>>>,
@@ -65,7 +66,7 @@ impl View {
     }
 
     pub(in crate::journal) fn appender(&self) -> Appender {
-        self.appender.clone()
+        Appender { courier: Arc::default(), ..self.appender.clone() }
     }
 
     /// How far the partitions go.
@@ -112,7 +113,8 @@ impl Journal {
     /// A handle for those who append.
     pub fn appender(&self) -> Appender {
         let (writing, addressing) = (Arc::clone(&self.writing), Arc::clone(&self.addressing));
-        Appender { topic: self.config.events().into(), writing, addressing, max_entry: self.config.max_entry() }
+        let (courier, topic, max_entry) = (Arc::default(), self.config.events().into(), self.config.max_entry());
+        Appender { courier, topic, writing, addressing, max_entry }
     }
 
     /// How far the partitions go.
@@ -144,12 +146,14 @@ impl Journal {
 pub(super) fn producer(config: &Config) -> rdkafka::ClientConfig {
     let timeout = config.timeout.as_millis().to_string();
     let mut client = config.client();
+    let mut unless_given = |name, alias, value| {
+        if ![name, alias].iter().any(|name| config.options.contains_key(*name)) {
+            client.set(name, value);
+        }
+    };
     // A broker answers a connection's requests one after the other: events that come meanwhile had better wait here, and go
     // out together, than behind it in many small requests.
-    if !["max.in.flight", "max.in.flight.requests.per.connection"].iter().any(|name| config.options.contains_key(*name))
-    {
-        client.set("max.in.flight", "1");
-    }
+    unless_given("max.in.flight", "max.in.flight.requests.per.connection", "1");
     client
         .set("queue.buffering.max.messages", "100000")
         .set("queue.buffering.max.kbytes", "131072")
@@ -177,7 +181,7 @@ impl Appender {
         }
         let mut sent = Vec::with_capacity(entries.len());
         for (entry, Address { key, groups, aside, .. }) in entries {
-            sent.push((self.begin(entry, key, groups)?, aside));
+            sent.push((self.begin(entry, key, groups, Some(&self.courier))?, aside));
         }
         Ok(self.arrived(sent))
     }
@@ -192,7 +196,7 @@ impl Appender {
         for some in entries.chunks(1000) {
             let sent = some.iter().map(|entry| {
                 let groups = vec![(group.to_owned(), "-".to_owned()), (REPLAYED.to_owned(), String::new())];
-                Ok((self.begin(entry.clone(), addressing.key(entry), groups)?, None))
+                Ok((self.begin(entry.clone(), addressing.key(entry), groups, None)?, None))
             });
             let sent = sent.collect::<Result<_, AppendError>>()?;
             self.arrived(sent).await?;
@@ -200,9 +204,20 @@ impl Appender {
         Ok(())
     }
 
-    fn begin(&self, body: Bytes, key: Option<String>, headers: Vec<(String, String)>) -> Result<Sent, AppendError> {
+    /// Wakes this core's requests when brokers have what they wait for; runs for ever. One per core, on that core.
+    pub(in crate::journal) async fn courier(self) {
+        self.courier.run().await;
+    }
+
+    fn begin(
+        &self,
+        body: Bytes,
+        key: Option<String>,
+        headers: Vec<(String, String)>,
+        courier: Option<&Arc<Courier>>,
+    ) -> Result<Sent, AppendError> {
         let record = Record { topic: self.topic.to_string(), partition: None, key, headers, body: Some(body) };
-        self.writing.producer.begin(&record).map_err(refused)
+        self.writing.producer.begin(&record, courier).map_err(refused)
     }
 
     fn arrived(&self, sent: Vec<(Sent, Option<Aside>)>) -> Append {

@@ -106,7 +106,7 @@ impl Turn<'_> {
         for some in places.chunks(BATCH) {
             let sent = some
                 .iter()
-                .map(|(sink, position)| self.kept.producer.begin(&removed(&self.kept.topic, sink, *position)));
+                .map(|(sink, position)| self.kept.producer.begin(&removed(&self.kept.topic, sink, *position), None));
             let sent = sent.collect::<Result<Vec<_>, _>>().map_err(refused)?;
             for sent in sent {
                 self.kept.producer.arrived(sent).await.map_err(refused)?;
