@@ -37,6 +37,7 @@ impl Topic {
             .set("bootstrap.servers", brokers)
             .set("socket.nagle.disable", "true")
             .set("max.in.flight", "1")
+            .set("compression.type", "lz4")
             .set("queue.buffering.max.messages", "100000")
             .set("queue.buffering.max.kbytes", "131072")
             .set("message.timeout.ms", "5000")

@@ -154,6 +154,8 @@ pub(super) fn producer(config: &Config) -> rdkafka::ClientConfig {
     // A broker answers a connection's requests one after the other: events that come meanwhile had better wait here, and go
     // out together, than behind it in many small requests.
     unless_given("max.in.flight", "max.in.flight.requests.per.connection", "1");
+    // Events have much in common, and are kept several times.
+    unless_given("compression.type", "compression.codec", "lz4");
     client
         .set("queue.buffering.max.messages", "100000")
         .set("queue.buffering.max.kbytes", "131072")

@@ -49,3 +49,16 @@ fn a_number_stands_for_a_place() {
     assert!(number_of(1, 0) > number_of(0, (1 << OFFSET_BITS) - 1));
     assert_eq!(place_of(number_of(10_000, 5)), (10_000, 5));
 }
+
+#[test]
+fn options_come_before_what_is_chosen() {
+    let check = |options: &[(&str, &str)], compression: Option<&str>, in_flight: Option<&str>| {
+        let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let client = append::producer(&config(|config| config.options = options));
+        assert_eq!((client.get("compression.type"), client.get("max.in.flight")), (compression, in_flight));
+    };
+    check(&[], Some("lz4"), Some("1"));
+    check(&[("compression.type", "none"), ("max.in.flight", "5")], Some("none"), Some("5"));
+    // By their other names.
+    check(&[("compression.codec", "zstd"), ("max.in.flight.requests.per.connection", "2")], None, None);
+}
