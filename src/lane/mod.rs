@@ -81,7 +81,7 @@ const MAX_FAILED_PROBES: usize = 64;
 const FETCH: usize = 512;
 /// How many dead letters are logged one by one, in the time of a [`Throttle`].
 const BURIALS_LOGGED: u32 = 10;
-/// How often progress is written.
+/// How often progress is written, at most.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 /// How long to wait after the journal could not be read or the ledger not written.
 const STORAGE_PAUSE: Duration = Duration::from_secs(1);
@@ -247,7 +247,7 @@ impl Lane {
                     storing = None;
                     self.stored(stored);
                 }
-                _ = ticks.tick(), if storing.is_none() && self.has_to_settle() => self.settle_due = true,
+                _ = ticks.tick(), if storing.is_none() && self.has_to_settle() => self.settle_due = self.is_time_to_settle(),
                 batch = self.source.next(), if self.hold.may_read(running && self.wants_more()) => self.take(batch),
                 Some(ended) = self.under_way.next() => self.finish(ended),
                 () = sleep_until(wake.unwrap_or(now).into()), if wake.is_some() => {}

@@ -52,6 +52,12 @@ impl Lane {
         self.unwritten || self.window.cursor() != self.released || self.account.has_to_renew()
     }
 
+    /// Whether that should be written now; if not, then soon.
+    pub(super) fn is_time_to_settle(&self) -> bool {
+        let is_mere_progress = self.changes.is_empty() && self.taken.is_empty();
+        !is_mere_progress || self.account.has_to_renew() || self.account.takes_progress()
+    }
+
     /// Writes how far the lane has come, with everything that it passes.
     pub(super) fn settle(&mut self) -> Storing {
         self.settle_due = false;

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::shared::Lease;
 use super::{Change, Due, Ledger, LedgerError, Progress, Wanted};
@@ -15,12 +15,15 @@ pub struct Account {
     /// Where others may take the lane over: until when it is certainly ours, and whether it still is.
     lease: Option<Lease>,
     held: Arc<AtomicBool>,
+    /// In which interval something was written last, where each has its price.
+    written_in: Arc<AtomicU64>,
 }
 
 impl Account {
     /// Of a lane that nobody else has.
     pub(super) fn of_one(ledger: Ledger, lane: &str) -> Self {
-        Self { ledger, lane: lane.into(), lease: None, held: Arc::new(AtomicBool::new(true)) }
+        let held = Arc::new(AtomicBool::new(true));
+        Self { ledger, lane: lane.into(), lease: None, held, written_in: Arc::default() }
     }
 
     /// Of a lane that others may take over.
@@ -36,6 +39,9 @@ impl Account {
     /// [`LedgerError`]: it can be tried again.
     pub async fn settle(&self, progress: Progress, changes: Vec<Change>) -> Result<HashSet<i64>, LedgerError> {
         let (lane, held) = (Arc::clone(&self.lane), Arc::clone(&self.held));
+        if let Some(lease) = &self.lease {
+            self.written_in.store(lease.interval(), Ordering::Relaxed);
+        }
         self.ledger.settle_held(lane, held, progress, changes).await
     }
 
@@ -60,6 +66,11 @@ impl Account {
     /// Whether the lane is certainly still this process's. If not, nothing may be begun before something was written.
     pub fn is_held(&self) -> bool {
         self.lease.as_ref().is_none_or(|lease| lease.is_held() && !self.is_closed())
+    }
+
+    /// Whether it is time to write progress that passes nothing but what was delivered. Until then more of it may gather.
+    pub fn takes_progress(&self) -> bool {
+        self.lease.as_ref().is_none_or(|lease| lease.interval() != self.written_in.load(Ordering::Relaxed))
     }
 
     /// Whether something has to be written soon, or the lane would no longer be held.

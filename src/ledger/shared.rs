@@ -34,6 +34,9 @@ pub use letters::Letters;
 
 /// How often a member of a group says that it is there.
 const HEARTBEAT: Duration = Duration::from_secs(3);
+/// How often lanes write mere progress, all of a sink's at about the same time: each transaction costs the brokers a dozen
+/// writes.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// One sink's ledger, on this replica.
 pub struct Shared {
@@ -194,6 +197,11 @@ impl Lease {
         self.age().is_none_or(|age| age > self.term / 2)
     }
 
+    /// Counts the times at which mere progress is written.
+    pub(super) fn interval(&self) -> u64 {
+        self.epoch.elapsed().as_secs() / PROGRESS_INTERVAL.as_secs()
+    }
+
     fn age(&self) -> Option<Duration> {
         let renewed = self.renewed.load(Ordering::Relaxed).checked_sub(1)?;
         Some(self.epoch.elapsed().saturating_sub(Duration::from_millis(renewed)))
@@ -221,5 +229,26 @@ mod tests {
         assert!(lease.has_to_renew());
         std::thread::sleep(Duration::from_millis(100));
         assert!(!lease.is_held());
+    }
+
+    #[tokio::test]
+    async fn mere_progress_waits_for_the_next_interval() {
+        let mut connection = Connection::open("").unwrap();
+        schema::prepare(&mut connection, "".as_ref()).unwrap();
+        let (ledger, _thread) = Ledger::start(connection, None).unwrap();
+        let epoch = Instant::now() - 7 * PROGRESS_INTERVAL;
+        let lease = Lease { epoch, ..Lease::new(Duration::from_secs(10)) };
+        let account = Account::of_many(ledger.clone(), "0", lease.clone());
+        assert!(account.takes_progress(), "nothing was written yet");
+        let progress = Progress { cursor: Position::ZERO, ahead: Vec::new() };
+        account.settle(progress.clone(), Vec::new()).await.unwrap();
+        // It may be the next by now.
+        assert!(!account.takes_progress() || lease.interval() > 7);
+        tokio::time::sleep(PROGRESS_INTERVAL).await;
+        assert!(account.takes_progress());
+        let alone = Account::of_one(ledger.clone(), "0");
+        alone.settle(progress, Vec::new()).await.unwrap();
+        assert!(alone.takes_progress(), "it costs little");
+        ledger.close();
     }
 }
