@@ -4,7 +4,7 @@
 //! from one thread have a courier there: it is called once for all reports that have come meanwhile, and wakes the others
 //! without leaving its thread.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -28,7 +28,7 @@ pub(super) struct Unsent {
 /// Takes reports to the tasks of one thread.
 #[derive(Default)]
 pub struct Courier {
-    come: Mutex<Vec<(oneshot::Sender<Report>, Report)>>,
+    reports: Mutex<Vec<(oneshot::Sender<Report>, Report)>>,
     call: Notify,
 }
 
@@ -37,8 +37,7 @@ impl Courier {
     pub async fn run(&self) {
         loop {
             self.call.notified().await;
-            let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
-            for (waiting, report) in come {
+            for (waiting, report) in std::mem::take(&mut *self.reports()) {
                 // Nobody may wait any more.
                 drop(waiting.send(report));
             }
@@ -46,11 +45,17 @@ impl Courier {
     }
 
     fn take(&self, waiting: oneshot::Sender<Report>, report: Report) {
-        let mut come = self.come.lock().unwrap_or_else(PoisonError::into_inner);
-        come.push((waiting, report));
-        if come.len() == 1 {
+        let mut reports = self.reports();
+        reports.push((waiting, report));
+        let is_first = reports.len() == 1;
+        drop(reports);
+        if is_first {
             self.call.notify_one();
         }
+    }
+
+    fn reports(&self) -> MutexGuard<'_, Vec<(oneshot::Sender<Report>, Report)>> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -97,6 +102,9 @@ impl ProducerContext for Reports {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use futures_util::FutureExt as _;
     use futures_util::future::try_join_all;
     use rdkafka::ClientConfig;
     use rdkafka::mocking::MockCluster;
@@ -104,13 +112,15 @@ mod tests {
     use super::*;
     use crate::kafka::{Producer, Record};
 
+    const PATIENCE: Duration = Duration::from_secs(60);
+
     #[tokio::test]
     async fn every_report_is_taken_to_who_waits_for_it() {
         let cluster = MockCluster::new(1).unwrap();
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", cluster.bootstrap_servers());
         let producer = Producer::new(Log::default(), config);
-        let courier = Arc::default();
+        let courier: Arc<Courier> = Arc::default();
         let begin = |number: i32| {
             let (topic, body) = ("t".to_owned(), Some(number.to_string().into()));
             let record = Record { topic, partition: Some(0), key: None, headers: vec![], body };
@@ -119,9 +129,16 @@ mod tests {
         let mut sent: Vec<_> = (0..1000).map(begin).collect();
         // Nobody waits for one of them.
         drop(sent.remove(500));
-        let arrived = try_join_all(sent.into_iter().map(|sent| producer.arrived(sent)));
+        let mut arrived = Box::pin(try_join_all(sent.into_iter().map(|sent| producer.arrived(sent))));
+        let all_have_come = async {
+            while courier.reports().len() < 1000 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, all_have_come).await.expect("reports come to the courier");
+        assert!((&mut arrived).now_or_never().is_none(), "nobody has taken them on");
         let places = tokio::select! {
-            places = arrived => places.unwrap(),
+            places = tokio::time::timeout(PATIENCE, arrived) => places.expect("the courier is called").unwrap(),
             () = courier.run() => unreachable!("a courier does not end"),
         };
         let offsets: Vec<_> = places.iter().map(|place| place.offset).collect();

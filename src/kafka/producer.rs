@@ -2,8 +2,10 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -22,8 +24,8 @@ use super::{Log, code_of};
 
 /// How long a producer that is not needed any more waits for what is on its way.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long one call may wait for reports. It is busy for the last millisecond.
-const POLL: Duration = Duration::from_secs(1);
+/// How long one call may wait for reports. rdkafka is busy for its last millisecond, and who ends a producer waits for it.
+const POLL: Duration = Duration::from_millis(250);
 
 /// What is sent.
 pub struct Record {
@@ -91,8 +93,15 @@ pub struct Producer {
 
 enum State {
     Unmade,
-    Made(Arc<BaseProducer<Reports>>),
+    Made(Arc<Polled>),
     Closed,
+}
+
+/// A producer, and the thread that its reports come on. Dropping it waits for librdkafka's threads.
+struct Polled {
+    producer: Arc<BaseProducer<Reports>>,
+    ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Producer {
@@ -143,8 +152,8 @@ impl Producer {
             delivery_opaque: waiting,
         };
         let queued = match &**self.state.load() {
-            State::Made(producer) => producer.send(message),
-            State::Unmade | State::Closed => self.make().map_err(|error| refused(&error))?.send(message),
+            State::Made(polled) => polled.producer.send(message),
+            State::Unmade | State::Closed => self.make().map_err(|error| refused(&error))?.producer.send(message),
         };
         match queued {
             Ok(()) => Ok(Sent(sent)),
@@ -197,15 +206,15 @@ impl Producer {
     }
 
     /// The producer, made now if need be; `Canceled` after [`Producer::close`].
-    fn make(&self) -> KafkaResult<Arc<BaseProducer<Reports>>> {
+    fn make(&self) -> KafkaResult<Arc<Polled>> {
         let _changing = self.lock();
         match &**self.state.load() {
-            State::Made(producer) => Ok(Arc::clone(producer)),
+            State::Made(polled) => Ok(Arc::clone(polled)),
             State::Closed => Err(KafkaError::Canceled),
             State::Unmade => {
-                let producer = start(&self.config, self.log.clone())?;
-                self.state.store(Arc::new(State::Made(Arc::clone(&producer))));
-                Ok(producer)
+                let polled = Arc::new(Polled::start(&self.config, self.log.clone())?);
+                self.state.store(Arc::new(State::Made(Arc::clone(&polled))));
+                Ok(polled)
             }
         }
     }
@@ -252,7 +261,7 @@ impl State {
     /// What the producer has failed for good with, if so.
     fn failure(&self) -> Option<(RDKafkaErrorCode, String)> {
         match self {
-            Self::Made(producer) => producer.client().fatal_error(),
+            Self::Made(polled) => polled.producer.client().fatal_error(),
             Self::Unmade | Self::Closed => None,
         }
     }
@@ -260,24 +269,34 @@ impl State {
     /// Waits for the reports of what was sent.
     fn flush(&self) -> KafkaResult<()> {
         match self {
-            Self::Made(producer) => producer.flush(FLUSH_TIMEOUT),
+            Self::Made(polled) => polled.producer.flush(FLUSH_TIMEOUT),
             Self::Unmade | Self::Closed => Ok(()),
         }
     }
 }
 
-/// A producer, and the thread that its reports come on: for as long as others have the producer.
-fn start(config: &ClientConfig, log: Log) -> KafkaResult<Arc<BaseProducer<Reports>>> {
-    let producer: Arc<BaseProducer<_>> = Arc::new(BaseProducer::from_config_and_context(config, Reports(log))?);
-    let polled = Arc::clone(&producer);
-    let poll = move || {
-        while Arc::strong_count(&polled) > 1 {
-            polled.poll(POLL);
-        }
-    };
-    let started = std::thread::Builder::new().name("kafka-reports".to_owned()).spawn(poll);
-    started.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
-    Ok(producer)
+impl Polled {
+    fn start(config: &ClientConfig, log: Log) -> KafkaResult<Self> {
+        let producer: Arc<BaseProducer<_>> = Arc::new(BaseProducer::from_config_and_context(config, Reports(log))?);
+        let ended = Arc::new(AtomicBool::new(false));
+        let (polled, end) = (Arc::clone(&producer), Arc::clone(&ended));
+        let poll = move || {
+            while !end.load(Ordering::Relaxed) {
+                polled.poll(POLL);
+            }
+        };
+        let thread = std::thread::Builder::new().name("kafka-reports".to_owned()).spawn(poll);
+        let thread = thread.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
+        Ok(Self { producer, ended, thread: Some(thread) })
+    }
+}
+
+impl Drop for Polled {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        // Its panic has been reported by the thread itself.
+        drop(self.thread.take().map(JoinHandle::join));
+    }
 }
 
 fn refused(error: &KafkaError) -> SendError {

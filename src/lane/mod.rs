@@ -6,7 +6,7 @@
 //! - Every event that the routes name the sink for is delivered at least once, or becomes a dead letter.
 //! - Deliveries with one key are made one after the other, in the order of the journal, also across retries. What a
 //!   dead letter's key has later does not wait for it.
-//! - Progress and what it passes (parked deliveries, dead letters) are written together, a few times a second and at the
+//! - Progress and what it passes (parked deliveries, dead letters) are written together, every second or more often and at the
 //!   end. A crash repeats at most what was settled since the last write; a clean stop repeats nothing.
 //! - Memory does not depend on the backlog: what was read and is not settled is bounded in number and bytes, and so is
 //!   what was fetched from the parked. Of a parked delivery only its key is kept in memory, `max_parked` of them at most
@@ -247,7 +247,7 @@ impl Lane {
                     storing = None;
                     self.stored(stored);
                 }
-                _ = ticks.tick(), if storing.is_none() && self.has_to_settle() => self.settle_due = self.is_time_to_settle(),
+                _ = ticks.tick(), if storing.is_none() && self.has_to_settle() => self.settle_due |= self.is_time_to_settle(),
                 batch = self.source.next(), if self.hold.may_read(running && self.wants_more()) => self.take(batch),
                 Some(ended) = self.under_way.next() => self.finish(ended),
                 () = sleep_until(wake.unwrap_or(now).into()), if wake.is_some() => {}

@@ -55,7 +55,7 @@ impl Lane {
     /// Whether that should be written now; if not, then soon.
     pub(super) fn is_time_to_settle(&self) -> bool {
         let is_mere_progress = self.changes.is_empty() && self.taken.is_empty();
-        !is_mere_progress || self.account.has_to_renew() || self.account.takes_progress()
+        !is_mere_progress || self.account.has_to_renew() || self.account.takes_progress(Instant::now())
     }
 
     /// Writes how far the lane has come, with everything that it passes.

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use super::shared::Lease;
 use super::{Change, Due, Ledger, LedgerError, Progress, Wanted};
@@ -23,7 +24,7 @@ impl Account {
     /// Of a lane that nobody else has.
     pub(super) fn of_one(ledger: Ledger, lane: &str) -> Self {
         let held = Arc::new(AtomicBool::new(true));
-        Self { ledger, lane: lane.into(), lease: None, held, written_in: Arc::default() }
+        Self { ledger, lane: lane.into(), lease: None, held, written_in: Arc::new(AtomicU64::new(u64::MAX)) }
     }
 
     /// Of a lane that others may take over.
@@ -40,7 +41,7 @@ impl Account {
     pub async fn settle(&self, progress: Progress, changes: Vec<Change>) -> Result<HashSet<i64>, LedgerError> {
         let (lane, held) = (Arc::clone(&self.lane), Arc::clone(&self.held));
         if let Some(lease) = &self.lease {
-            self.written_in.store(lease.interval(), Ordering::Relaxed);
+            self.written_in.store(lease.interval(Instant::now()), Ordering::Relaxed);
         }
         self.ledger.settle_held(lane, held, progress, changes).await
     }
@@ -69,8 +70,8 @@ impl Account {
     }
 
     /// Whether it is time to write progress that passes nothing but what was delivered. Until then more of it may gather.
-    pub fn takes_progress(&self) -> bool {
-        self.lease.as_ref().is_none_or(|lease| lease.interval() != self.written_in.load(Ordering::Relaxed))
+    pub fn takes_progress(&self, now: Instant) -> bool {
+        self.lease.as_ref().is_none_or(|lease| lease.interval(now) != self.written_in.load(Ordering::Relaxed))
     }
 
     /// Whether something has to be written soon, or the lane would no longer be held.

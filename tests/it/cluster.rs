@@ -93,8 +93,8 @@ const AT_ONCE: usize = 64;
 const SENDERS: u32 = 48;
 /// The time over which they spread the events, so that there are always some when something happens.
 const SPREAD: Duration = Duration::from_secs(150);
-/// How often a lane writes what it has settled.
-const WRITES_PER_SECOND: usize = 5;
+/// How often a lane writes what it has settled, at least.
+const WRITES_PER_SECOND: usize = 1;
 /// How many new events have to arrive before the next thing happens.
 const AFTERWARDS: usize = 100;
 
@@ -284,7 +284,7 @@ async fn a_frozen_replica_commits_nothing(kafka: &OwnBroker) {
     let begin = inbox.look(|arrived| arrived.all.len());
     let backlog = other.post(batch(100_000..100_300)).await.ids();
     let busy =
-        |arrived: &Arrived| arrived.all[begin..].iter().filter(|arrival| by(arrival, "frozen")).nth(3 * FEW).is_some();
+        |arrived: &Arrived| arrived.all[begin..].iter().filter(|arrival| by(arrival, "frozen")).nth(15 * FEW).is_some();
     inbox.wait("the replica that is to be frozen", busy).await;
     frozen.signal(Signal::STOP);
     let since = Instant::now();
@@ -312,9 +312,10 @@ async fn a_frozen_replica_commits_nothing(kafka: &OwnBroker) {
          {by_the_woken} after it was woken",
         backlog.len()
     );
-    // What was under way, and what can be settled in a second, by when progress is written even where that is slow.
-    let per_second = FEW * usize::try_from(Duration::from_secs(1).as_millis() / ANSWER_AFTER.as_millis()).unwrap();
-    assert!(taken_over <= FEW + per_second, "{taken_over} repeats of the frozen replica's deliveries");
+    // What was under way, and what can be settled in two seconds, by when progress is written even where that is slow: it
+    // has delivered for three.
+    let in_time = FEW * usize::try_from(Duration::from_secs(2).as_millis() / ANSWER_AFTER.as_millis()).unwrap();
+    assert!(taken_over <= FEW + in_time, "{taken_over} repeats of the frozen replica's deliveries");
     assert!(by_the_woken <= FEW, "{by_the_woken} repeats after the replica was woken");
 }
 

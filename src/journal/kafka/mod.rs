@@ -44,6 +44,8 @@ use crate::kafka::{self, Log, Place, Producer, Record};
 
 /// How long a member of a group may be silent before its partitions go to others, in milliseconds.
 const SESSION_TIMEOUT: &str = "10000";
+/// How much is fetched of a partition at once, in bytes.
+const FETCH_BYTES: &str = "131072";
 /// The longest record that librdkafka sends unless `options` say otherwise, and what an entry leaves free of it, in bytes.
 const MAX_MESSAGE: u64 = 1_000_000;
 const MESSAGE_MARGIN: u64 = 8192;
@@ -276,6 +278,11 @@ impl Config {
             .set("enable.auto.offset.store", "false")
             .set("auto.offset.reset", "earliest")
             .set("queued.max.messages.kbytes", "4096");
+        // What comes is compressed, and all of it is unpacked at once.
+        if !["fetch.message.max.bytes", "max.partition.fetch.bytes"].iter().any(|name| self.options.contains_key(*name))
+        {
+            client.set("fetch.message.max.bytes", FETCH_BYTES);
+        }
         client
     }
 }
