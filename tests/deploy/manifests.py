@@ -271,6 +271,15 @@ class Manifests(unittest.TestCase):
         for file in ["kafka-values.yaml", "without-volumes-values.yaml"]:
             self.assertEqual(scaled(file), ("Deployment", None))
 
+    def test_autoscaling_begins_with_the_replicas_that_there_are(self):
+        with cluster(replicas=4) as url:
+            for values in [], ["settings.journal.kind=kafka", "settings.journal.brokers={kafka:9092}"]:
+                values = ["auth.existingSecret=s", "autoscaling.enabled=true", *values]
+                values = [argument for value in values for argument in ("--set", value)]
+                manifests = render("--dry-run=server", "--kube-apiserver", url, *values)
+                (workload,) = [m for m in manifests if m["kind"] in ("StatefulSet", "Deployment")]
+                self.assertEqual(workload["spec"]["replicas"], 4)
+
     def test_removing_replicas_asks_them_first(self):
         def asked(*values):
             jobs = [m for m in render("--set", "auth.existingSecret=s", *values) if m["kind"] == "Job"]
@@ -357,12 +366,17 @@ def run(*arguments):
 @contextlib.contextmanager
 def cluster(replicas):
     """As much of a Kubernetes API as the chart asks: how many replicas there are."""
-    kinds = [{"name": "statefulsets", "singularName": "", "namespaced": True, "kind": "StatefulSet", "verbs": ["get"]}]
+    kinds = {"statefulsets": "StatefulSet", "deployments": "Deployment"}
+    resources = [
+        {"name": name, "singularName": "", "namespaced": True, "kind": kind, "verbs": ["get"]}
+        for name, kind in kinds.items()
+    ]
     answers = {
-        "/apis/apps/v1": {"kind": "APIResourceList", "groupVersion": "apps/v1", "resources": kinds},
-        "/apis/apps/v1/namespaces/default/statefulsets/engage-relay":
-            {"apiVersion": "apps/v1", "kind": "StatefulSet", "spec": {"replicas": replicas}},
+        f"/apis/apps/v1/namespaces/default/{name}/engage-relay":
+            {"apiVersion": "apps/v1", "kind": kind, "spec": {"replicas": replicas}}
+        for name, kind in kinds.items()
     }
+    answers["/apis/apps/v1"] = {"kind": "APIResourceList", "groupVersion": "apps/v1", "resources": resources}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

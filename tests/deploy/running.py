@@ -153,7 +153,9 @@ class Running(unittest.TestCase):
         self.start(pod)
         self.is_confined(pod)
         (service,) = [m for m in manifests if m["kind"] == "Service"]
-        self.assertEqual(pod.port(service["spec"]["ports"][0]["targetPort"]), 8080)
+        # Not by its name, and also while the application is not ready.
+        self.assertEqual(service["spec"]["ports"][0]["targetPort"], pod.port("webhooks"))
+        self.assertTrue(service["spec"]["publishNotReadyAddresses"])
         self.assertEqual(post("first"), 200)
         until("delivered", lambda: receiver.events() == [("/whatsapp/5491122223333", "wamid.1")])
         pod.terminate()
