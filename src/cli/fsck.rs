@@ -168,6 +168,13 @@ impl Found {
         Ok(())
     }
 
+    /// The sinks that have events in the journal to read yet, and how many.
+    fn unread(&self) -> impl Iterator<Item = (&str, u64)> {
+        let end = self.journal.end();
+        let unread = self.ledger.cursors.iter().map(move |(lane, cursor)| (lane.as_str(), end.since(*cursor)));
+        unread.filter(|(_, events)| *events > 0)
+    }
+
     fn problems(&self) -> impl Iterator<Item = &String> {
         self.ledger.problems.iter().chain(&self.ledger.unreadable)
     }
@@ -196,6 +203,7 @@ impl Found {
             },
             "ledger": {
                 "cursors": cursors.collect::<serde_json::Map<_, _>>(),
+                "unread": self.unread().map(|(lane, events)| (lane.to_owned(), json!(events))).collect::<serde_json::Map<_, _>>(),
                 "parked": self.ledger.parked,
                 "dead_letters": self.ledger.dead_letters,
                 "problems": self.problems().collect::<Vec<_>>(),
@@ -219,6 +227,9 @@ impl Found {
         let ledger = &self.ledger;
         let (sinks, parked, dead) = (ledger.cursors.len(), ledger.parked, ledger.dead_letters);
         writeln!(text, "ledger: {sinks} sinks, {parked} parked deliveries, {dead} dead letters")?;
+        for (lane, events) in self.unread() {
+            writeln!(text, "  {lane} has {events} events to read yet: start a relay to deliver what is left of them")?;
+        }
         for problem in self.problems().chain(&self.disagreements) {
             writeln!(text, "  {problem}")?;
         }
