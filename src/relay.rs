@@ -155,6 +155,7 @@ impl Relay {
             letters,
             cluster,
             max_body: usize::try_from(config.ingress.max_body.as_u64()).unwrap_or(usize::MAX),
+            gate: ingress.gate(),
             ingress: metrics.ingress,
             comparing: Arc::default(),
             reload,
@@ -206,7 +207,7 @@ impl Relay {
             traces.close().await;
         }
         for (sink, remains) in remains.into_iter().filter(|(name, _)| name != UNROUTED) {
-            info!(%sink, lag_events = remains.lag_events, parked = remains.parked, "sink stopped");
+            info!(%sink, lag_events = remains.lag_events(), parked = remains.parked, "sink stopped");
         }
         info!("stopped");
     }

@@ -46,6 +46,8 @@ pub struct Stopped;
 /// other.
 pub struct Kept {
     pub(super) paused: bool,
+    /// Since when the sink has failed, if its breaker was open at the end.
+    pub(super) failing_since: Option<Millis>,
     pub(super) counts: Counts,
     pub(super) meters: Meters,
     pub(super) commands: mpsc::Receiver<Command>,
@@ -57,7 +59,7 @@ impl Kept {
     pub fn new(metrics: &Metrics, sink: &str) -> Self {
         let (sender, commands) = mpsc::channel(COMMANDS);
         let (counts, meters) = (Counts::default(), Meters::new(metrics, sink));
-        Self { paused: false, counts, meters, commands, sender }
+        Self { paused: false, failing_since: None, counts, meters, commands, sender }
     }
 
     /// For a lane that may come later, or never: whoever waits for this one's answers has them from nobody.

@@ -64,9 +64,12 @@ impl Metrics {
         self.unrouted.get()
     }
 
-    /// Forgets a sink that is no longer in the rules.
-    pub fn forget(&self, sink: &str) {
-        for outcome in ["delivered", "parked", "dead"] {
+    /// Forgets a sink that is no longer in the rules, but for its dead letters, with those that its end has made.
+    pub fn forget(&self, sink: &str, dead_letters: usize) {
+        if dead_letters > 0 {
+            self.deliveries.with_label_values(&[sink, "dead"]).inc_by(dead_letters as u64);
+        }
+        for outcome in ["delivered", "parked"] {
             drop(self.deliveries.remove_label_values(&[sink, outcome]));
         }
         for result in ["delivered", "retry", "reject", "gone"] {

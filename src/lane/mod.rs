@@ -101,12 +101,19 @@ pub enum Phase {
 
 /// What a lane leaves when it ends.
 pub struct Remains {
-    /// Events after the cursor; not all of them are this sink's.
-    pub lag_events: u64,
+    /// The cursor, of each partition, and the journal's end, which may move on.
+    pub unread: Vec<(Position, watch::Receiver<Position>)>,
     /// Deliveries that wait for their next attempt.
     pub parked: usize,
     /// For the lane that goes on where this one has ended.
     pub kept: Option<Kept>,
+}
+
+impl Remains {
+    /// Events after the cursor; not all of them are this sink's.
+    pub fn lag_events(&self) -> u64 {
+        self.unread.iter().map(|(cursor, end)| end.borrow().since(*cursor)).sum()
+    }
 }
 
 /// Where a lane begins.
@@ -178,6 +185,9 @@ impl Lane {
         kept: Kept,
     ) -> (Self, Control) {
         let Beginning { reader, ahead, parked } = beginning;
+        let mut kept = kept;
+        // What has failed with the sink as it was is tried with what it is now.
+        let hasten = kept.failing_since.take().map(|since| Change::Hasten { since, due_at: ledger::now() });
         let (name, at): (Arc<str>, _) = (name.into(), reader.position());
         let control = kept.control(&config);
         let order = Order::new();
@@ -204,10 +214,10 @@ impl Lane {
             limited_until: None,
             kept,
             hold: Hold::No,
-            changes: Vec::new(),
+            unwritten: hasten.is_some(),
+            changes: Vec::from_iter(hasten),
             taken: Vec::new(),
             settle_due: false,
-            unwritten: false,
             released: at,
             warnings: Throttle::default(),
             burials: Throttle::of(BURIALS_LOGGED),
@@ -266,8 +276,9 @@ impl Lane {
             let stored = self.settle().await;
             self.stored(stored);
         }
+        self.kept.failing_since = self.failing_since.filter(|_| !self.breaker.is_closed());
         Remains {
-            lag_events: self.source.end().since(self.released),
+            unread: vec![(self.released, self.source.watch_end())],
             parked: self.parking.total(),
             kept: Some(self.kept),
         }

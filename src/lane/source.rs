@@ -150,6 +150,11 @@ impl Source {
         }
     }
 
+    /// What tells where the journal ends.
+    pub(super) fn watch_end(&self) -> watch::Receiver<Position> {
+        self.end.clone()
+    }
+
     /// The journal's end, also while the reader is away.
     pub(super) fn end(&self) -> Position {
         *self.end.borrow()

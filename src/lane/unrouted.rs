@@ -76,7 +76,7 @@ impl Unrouted {
         if self.read_to != self.written {
             self.write().await;
         }
-        Remains { lag_events: self.source.end().since(self.written), parked: 0, kept: None }
+        Remains { unread: vec![(self.written, self.source.watch_end())], parked: 0, kept: None }
     }
 
     fn obey(&mut self, command: Command) {

@@ -129,7 +129,8 @@ impl Post {
         let ours: Vec<_> = self.lanes.keys().copied().collect();
         let ended = self.end_lanes(&ours, false, how, &mut phase).await;
         if *bury.borrow() {
-            bury_parked(&self.name, &self.ledger, &ours).await;
+            let dead_letters = bury_parked(&self.name, &self.ledger, &ours).await;
+            self.metrics.forget(&self.name, dead_letters);
         }
         let Self { name, group, ledger, readers, mut moves, .. } = self;
         let leaving = tokio::task::spawn_blocking(move || {
@@ -240,7 +241,7 @@ impl Post {
         how: Phase,
         phase: &mut watch::Receiver<Phase>,
     ) -> Remains {
-        let mut remains = Remains { lag_events: 0, parked: 0, kept: None };
+        let mut remains = Remains { unread: Vec::new(), parked: 0, kept: None };
         let ending = partitions.iter().filter_map(|partition| match self.lanes.remove(partition)? {
             State::Running(running) => Some((*partition, running)),
             State::TakingOver(_, account) => {
@@ -289,7 +290,7 @@ impl Post {
             self.readers.stop(partition);
             match ended {
                 Ok(left) => {
-                    remains.lag_events += left.lag_events;
+                    remains.unread.extend(left.unread);
                     remains.parked += left.parked;
                     self.kept.extend(left.kept.map(|kept| (partition, kept)));
                 }
@@ -310,8 +311,8 @@ impl Post {
     }
 }
 
-/// Makes dead letters of what is parked.
-async fn bury_parked(sink: &str, ledger: &Shared, partitions: &[i32]) {
+/// Makes dead letters of what is parked; how many.
+async fn bury_parked(sink: &str, ledger: &Shared, partitions: &[i32]) -> usize {
     let mut dead_letters = 0;
     for partition in partitions {
         let mut tries = 0;
@@ -337,6 +338,7 @@ async fn bury_parked(sink: &str, ledger: &Shared, partitions: &[i32]) {
         dead_letters,
         "a sink is no longer in the rules: its parked deliveries are dead letters, and the events that it has not read stay unread"
     );
+    dead_letters
 }
 
 /// Waits for a lane's end. From then on nobody waits for its answers.

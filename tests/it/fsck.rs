@@ -44,7 +44,7 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
     relay.stop().await;
     let clean = setup.run(&["fsck"], "").await;
     let said = clean.stdout.contains("journal: 300 events, up to position 300\n");
-    assert!(clean.code == Some(0) && said, "{clean:?}");
+    assert!(clean.code == Some(0) && said && !clean.stdout.contains("to read yet"), "{clean:?}");
     assert!(segments(&setup).len() > 2);
 
     damage(&setup);
@@ -259,6 +259,16 @@ async fn unread(damage: impl Fn(&[PathBuf])) -> Setup {
     relay.stop().await;
     damage(&segments(&setup));
     setup
+}
+
+/// Or else somebody would take the volume for empty.
+#[tokio::test]
+async fn what_is_not_delivered_yet_is_told() {
+    let setup = unread(|_| {}).await;
+    let (code, found) = fsck_json(&setup, &[]).await;
+    assert_eq!((code, &found["ledger"]["unread"]), (Some(0), &json!({ "http": 300 })), "{found}");
+    let text = setup.run(&["fsck"], "").await.stdout;
+    assert!(text.contains("\n  http has 300 events to read yet: "), "{text}");
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::harness::{Client, Receiver, Relay, Reply, Setup, TOKEN, event, webhook, within};
+use crate::metrics::scrape;
 
 /// Two sinks, and the routes that follow.
 fn rules(one: &Receiver, two: &Receiver, routes: &str) -> String {
@@ -67,6 +68,29 @@ async fn a_changed_file_is_loaded_and_a_broken_one_is_not() {
     relay.post(event(3, "sent")).await;
     one.wait_for(1).await;
     assert_eq!(relay.logged("not reloaded; what was in force stays in force").len(), 2);
+    relay.stop().await;
+}
+
+/// Or else it would wait for as long as its failures have said, although somebody has just mended the sink.
+#[tokio::test]
+async fn what_has_failed_goes_out_when_the_sink_is_mended() {
+    let bad = Receiver::start(|_| Reply::Status(503)).await;
+    let good = Receiver::accepting().await;
+    let sink = |downstream: &Receiver| {
+        let delivery = "schedule = [\"1h\"], breaker = { failures = 3, probe = \"1h\" }";
+        let url = downstream.url("/");
+        format!("[sinks.one]\ntype = \"http\"\nurl = \"{url}\"\ndelivery = {{ {delivery} }}\n{}", to("\"one\""))
+    };
+    let setup = Setup::new(&sink(&bad));
+    let relay = setup.start().await;
+    for number in 0..3 {
+        relay.post(event(number, "sent")).await;
+    }
+    relay.sink_is("one", "is away", |sink| sink["breaker"] == "open" && sink["parked"] == 3).await;
+    setup.file("routes.toml", &sink(&good));
+    assert_eq!(reload(&relay).await["outcome"], "applied");
+    good.wait_for(3).await;
+    relay.sink_is("one", "has nothing parked", |sink| sink["parked"] == 0).await;
     relay.stop().await;
 }
 
@@ -203,6 +227,10 @@ async fn a_removed_sinks_parked_deliveries_are_dead_letters_and_a_changed_one_ke
     relay.status_is("the sink is closed", |status| status["dead_letters"]["one"] == 1).await;
     let letters = relay.get("/api/v1/dead-letters?sink=one").await;
     assert_eq!(letters["dead_letters"][0]["reason"], "sink_removed", "{letters}");
+    let counted = scrape(&relay).await;
+    // Or else no alert would know of them.
+    assert_eq!(counted.get("relay_deliveries_total{outcome=\"dead\",sink=\"one\"}"), Some(&1.0), "{counted:#?}");
+    assert_eq!(counted.get("relay_deliveries_total{outcome=\"parked\",sink=\"one\"}"), None, "{counted:#?}");
     relay.sink_is("two", "is paused still", |sink| sink["paused"] == true).await;
     relay.post(event(2, "sent")).await;
     relay.operate("/api/v1/sinks/two/resume", &Value::Null).await;
