@@ -17,7 +17,8 @@ use crate::rules::Explained;
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Sender {
-    /// The name of the token that the sender used, for rules on `token`.
+    /// The name of the token that the sender used, for rules on `token`: the first of the settings without it, `generated` or
+    /// `none` where there is none.
     token: Option<String>,
 }
 
@@ -51,7 +52,7 @@ pub(super) async fn explain(
     Query(sender): Query<Sender>,
     Body(body): Body,
 ) -> Result<Json<Vec<Explained>>, Problem> {
-    let token = sender.token.unwrap_or_else(|| "aivo".to_owned());
+    let token = sender.token.unwrap_or_else(|| operated.gate.first_token());
     // There may be thousands of events.
     let explain = move || {
         let (events, live) = (event::sample(&body, &token)?, operated.live.load());

@@ -132,6 +132,8 @@ pub struct Operated {
     pub live: Arc<ArcSwap<Live>>,
     /// The longest body that the ingress takes, in bytes.
     pub max_body: usize,
+    /// Who may send to the ingress.
+    pub gate: ingress::Gate,
     /// What the ingress counts.
     pub ingress: ingress::Metrics,
     /// What the lanes count.

@@ -39,9 +39,10 @@ pub(super) struct Arguments {
     /// Compare with the rules of the settings, by the events of this file: needs no relay
     #[arg(long, value_name = "EVENTS", conflicts_with_all = ["last", "since", "until"])]
     file: Option<PathBuf>,
-    /// With --file, the name of the token that the sender used, for rules on `token`
-    #[arg(long, default_value = "aivo")]
-    token: String,
+    /// With --file, the name of the token that the sender used, for rules on `token` [default: the first of the settings;
+    /// `generated` or `none` without]
+    #[arg(long)]
+    token: Option<String>,
 }
 
 /// What came of it.
@@ -98,12 +99,13 @@ fn compare_here(global: &Global, arguments: &Arguments, file: &Path) -> anyhow::
     let (config, _) = global.settings()?;
     let (_, before, _) = read(&config.routes, &Environment)?;
     let (_, after, problems) = read(&arguments.new, &Environment)?;
+    let token = arguments.token.as_deref().unwrap_or(config.ingress.auth.first_name());
     let mut comparison = Comparison::new(&before, &after);
     let events = File::open(file).with_context(|| format!("can't read {}", file.display()))?;
     let bodies = serde_json::Deserializer::from_reader(BufReader::new(events)).into_iter::<Box<RawValue>>();
     for (number, body) in (1..).zip(bodies) {
         let body = body.with_context(|| format!("{}: not JSON", file.display()))?;
-        let events = event::sample(body.get().as_bytes(), &arguments.token);
+        let events = event::sample(body.get().as_bytes(), token);
         let events = events.with_context(|| format!("{}: number {number}", file.display()))?;
         events.iter().for_each(|event| comparison.add(event));
     }

@@ -17,9 +17,10 @@ use crate::rules::{Destination, Explained};
 pub(super) struct Arguments {
     /// The event, or an array of them; `-` is standard input [default: -]
     file: Option<PathBuf>,
-    /// The name of the token that the sender used, for rules on `token`
-    #[arg(long, default_value = "aivo")]
-    token: String,
+    /// The name of the token that the sender used, for rules on `token` [default: the first of the settings; `generated`
+    /// or `none` without]
+    #[arg(long)]
+    token: Option<String>,
 }
 
 pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<ExitCode> {
@@ -33,7 +34,8 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
             body
         }
     };
-    let events = event::sample(&body, &arguments.token)?;
+    let token = arguments.token.as_deref().unwrap_or(config.ingress.auth.first_name());
+    let events = event::sample(&body, token)?;
     let explained: Vec<_> = events.iter().map(|event| rules.explain(event)).collect();
     let text = match global.json {
         true => format!("{}\n", json!(explained)),

@@ -266,10 +266,9 @@ fn show(letter: &Shown) -> Result<String, std::fmt::Error> {
         writeln!(shown, "{field:16} {}", plain(text.as_deref().unwrap_or(value.get())))?;
     }
     let body = letter.get("body").map_or("null", |body| body.get());
-    // What is nested too deeply to be laid out is shown as it was received.
-    let laid_out = serde_json::from_str::<Value>(body).map(|body| format!("{body:#}"));
     shown.push('\n');
-    for line in laid_out.as_deref().unwrap_or(body).lines() {
+    // As it was received: how it is written may be why it was refused.
+    for line in body.lines() {
         writeln!(shown, "{}", plain(line))?;
     }
     Ok(shown)

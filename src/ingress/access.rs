@@ -103,6 +103,11 @@ impl Gate {
         Self(Arc::new(ArcSwap::from_pointee(access)))
     }
 
+    /// The name of the token by which senders send unless they have several.
+    pub fn first_token(&self) -> String {
+        self.0.load().auth.first_name().to_owned()
+    }
+
     /// What holds now. Meant to be given back soon.
     pub(super) fn load(&self) -> Guard<Arc<Access>> {
         self.0.load()

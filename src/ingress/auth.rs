@@ -16,6 +16,10 @@ use subtle::{Choice, ConditionallySelectable as _, ConstantTimeEq as _};
 /// Name of the file in the data directory with the token that was made up when none was configured.
 const GENERATED: &str = "ingress-token";
 
+/// What rules have for a token's name where none is asked for, and for the one that was made up.
+const NO_TOKEN: &str = "none";
+const MADE_UP: &str = "generated";
+
 /// The `ingress.auth` setting: `"none"`, or a table.
 #[derive(Clone, Debug)]
 pub enum AuthConfig {
@@ -66,6 +70,14 @@ impl Default for AuthConfig {
 }
 
 impl AuthConfig {
+    /// The name of the token by which senders send unless they have several.
+    pub fn first_name(&self) -> &str {
+        match self {
+            Self::None => NO_TOKEN,
+            Self::Tokens { tokens, .. } => tokens.first().map_or(MADE_UP, |token| &token.name),
+        }
+    }
+
     /// Whether a token is made up where none is kept yet.
     pub fn is_generated(&self) -> bool {
         matches!(self, Self::Tokens { tokens, .. } if tokens.is_empty())
@@ -131,7 +143,7 @@ impl Auth {
         if known.is_empty() {
             let path = generated_token_path(data_dir);
             let token = generated_token(&path).map_err(|source| AuthError::File { path: path.clone(), source })?;
-            known.push(("generated".to_owned(), digest(&token)));
+            known.push((MADE_UP.to_owned(), digest(&token)));
             generated = Some(path);
         }
         Ok((Self(Some(Tokens { header, known })), generated))
@@ -172,7 +184,7 @@ impl Auth {
     /// The name of the token that the request carries; `None` if it carries none, or a wrong one. Takes the same time
     /// whichever it is.
     pub(super) fn token(&self, headers: &HeaderMap) -> Option<&str> {
-        let Some(tokens) = &self.0 else { return Some("none") };
+        let Some(tokens) = &self.0 else { return Some(NO_TOKEN) };
         let given = headers.get(&tokens.header).map(HeaderValue::as_bytes).unwrap_or_default();
         let given: [u8; 32] = Sha256::digest(given).into();
         let mut found = u64::MAX;
@@ -182,6 +194,11 @@ impl Auth {
         }
         let (name, _) = tokens.known.get(usize::try_from(found).ok()?)?;
         Some(name)
+    }
+
+    /// [`AuthConfig::first_name`] of what it was made of.
+    pub(super) fn first_name(&self) -> &str {
+        self.0.as_ref().and_then(|tokens| tokens.known.first()).map_or(NO_TOKEN, |(name, _)| name)
     }
 
     /// The header that a request must carry, if any.
@@ -278,6 +295,18 @@ mod tests {
         check(Some("one "), None);
         check(Some(""), None);
         check(None, None);
+    }
+
+    #[test]
+    fn senders_have_the_first_token() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |config: AuthConfig, expected: &str| {
+            assert_eq!(config.first_name(), expected);
+            assert_eq!(Auth::new(&config, dir.path()).unwrap().0.first_name(), expected);
+        };
+        check(tokens(&[("old", "one"), ("new", "two")]), "old");
+        check(AuthConfig::default(), "generated");
+        check(AuthConfig::None, "none");
     }
 
     #[test]

@@ -48,7 +48,7 @@ to = ["b", "${NOT_SET_ANYWHERE}"]
 #[tokio::test]
 async fn check_reports_every_mistake_with_its_place() {
     let expected = [
-        (4, 7, "ftp"),
+        (4, 7, "this scheme"),
         (5, 11, "duration"),
         (6, 1, "colour"),
         (11, 9, "nope"),

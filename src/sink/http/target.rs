@@ -36,7 +36,7 @@ impl Target {
             return Err(MISPLACED.to_owned());
         }
         if !matches!(first.scheme(), "http" | "https") || !first.has_host() {
-            return Err(format!("an HTTP sink cannot send to the scheme {:?}; write http or https", first.scheme()));
+            return Err("an HTTP sink cannot send to this scheme; write http or https".to_owned());
         }
         if first.port() == Some(0) {
             return Err("nothing listens on port 0".to_owned());
@@ -127,8 +127,8 @@ mod tests {
         check("example.com/x", Err("not an absolute URL"));
         check("/x/{status}", Err("not an absolute URL"));
         check("https://", Err("not an absolute URL"));
-        check("ftp://example.com/", Err("scheme \"ftp\""));
-        check("mailto:a@example.com", Err("scheme \"mailto\""));
+        check("ftp://example.com/", Err("to this scheme"));
+        check("mailto:a@example.com", Err("to this scheme"));
         check("http://example.com:0/", Err("port 0"));
         check("https://example.com/#{status}", Err("never sent"));
         check("https://example.com/a/../{status}", Err("the path holds"));

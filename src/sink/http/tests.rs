@@ -39,6 +39,8 @@ fn verdicts() {
     check(503, &[("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT")], Some((retry(Some(30)), "http_503")));
     check(503, &[("retry-after", "Sun, 06 Nov 1994 08:00:00 GMT")], Some((retry(Some(0)), "http_503")));
     check(503, &[("retry-after", "18446744073709551615")], Some((retry(Some(86_400)), "http_503")));
+    check(503, &[("retry-after", "18446744073709551616")], Some((retry(Some(86_400)), "http_503")));
+    check(503, &[("retry-after", "")], Some((retry(None), "http_503")));
     check(503, &[("retry-after", "-1")], Some((retry(None), "http_503")));
     check(503, &[("retry-after", "soon")], Some((retry(None), "http_503")));
     for (status, kind) in [(101, "http_101"), (301, "http_301"), (304, "http_304"), (307, "http_307")] {
