@@ -44,7 +44,7 @@ async fn fsck(damage: impl FnOnce(&Setup)) -> (Value, Value) {
     relay.stop().await;
     let clean = setup.run(&["fsck"], "").await;
     let said = clean.stdout.contains("journal: 300 events, up to position 300\n");
-    assert!(clean.code == Some(0) && said && !clean.stdout.contains("to read yet"), "{clean:?}");
+    assert!(clean.code == Some(0) && said && !clean.stdout.contains("http has"), "{clean:?}");
     assert!(segments(&setup).len() > 2);
 
     damage(&setup);
@@ -266,7 +266,7 @@ async fn unread(damage: impl Fn(&[PathBuf])) -> Setup {
 async fn what_is_not_delivered_yet_is_told() {
     let setup = unread(|_| {}).await;
     let (code, found) = fsck_json(&setup, &[]).await;
-    assert_eq!((code, &found["ledger"]["unread"]), (Some(0), &json!({ "http": 300 })), "{found}");
+    assert_eq!((code, &found["ledger"]["unread"]["http"]), (Some(0), &json!(300)), "{found}");
     let text = setup.run(&["fsck"], "").await.stdout;
     assert!(text.contains("\n  http has 300 events to read yet: "), "{text}");
 }
