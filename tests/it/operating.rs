@@ -83,7 +83,7 @@ async fn every_dead_letter_says_why_and_can_be_replayed_or_discarded() {
         let shown = relay.get(&format!("/api/v1/dead-letters/{number}")).await;
         assert_eq!(shown["body"]["message_id"], letter["message_id"]);
         let shown = relay.command(&["dead-letters", "show", &number]).await;
-        assert!(shown.stdout.contains(reason) && shown.stdout.contains("\"event_name\": \"msg_status\""), "{shown:?}");
+        assert!(shown.stdout.contains(reason) && shown.stdout.contains("\"event_name\":\"msg_status\""), "{shown:?}");
     }
     let query = format!("?status=error&event_id={id}&key=wamid.00000001&since=2020-01-01T00:00:00Z&limit=2");
     let page = relay.get(&format!("/api/v1/dead-letters{query}")).await;
