@@ -64,11 +64,13 @@ impl Metrics {
         self.unrouted.get()
     }
 
-    /// Forgets a sink that is no longer in the rules, but for its dead letters, with those that its end has made.
-    pub fn forget(&self, sink: &str, dead_letters: usize) {
-        if dead_letters > 0 {
-            self.deliveries.with_label_values(&[sink, "dead"]).inc_by(dead_letters as u64);
-        }
+    /// Counts the dead letters that a sink leaves which is no longer in the rules.
+    pub fn buried(&self, sink: &str, dead_letters: usize) {
+        self.deliveries.with_label_values(&[sink, "dead"]).inc_by(dead_letters as u64);
+    }
+
+    /// Forgets such a sink, but for its dead letters.
+    pub fn forget(&self, sink: &str) {
         for outcome in ["delivered", "parked"] {
             drop(self.deliveries.remove_label_values(&[sink, outcome]));
         }

@@ -95,6 +95,7 @@ impl Cluster {
         let is_gone = |name: &&String| rules.table.sink(name).is_none();
         for name in self.posts.keys().filter(is_gone).cloned().collect::<Vec<_>>() {
             self.end(&name, true);
+            self.metrics.forget(&name);
             changes.removed.push(name);
         }
         self.in_force.change(rules);

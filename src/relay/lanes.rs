@@ -363,7 +363,8 @@ impl Lanes {
         let dead_letters = self.ledger.close_lane(name).await?;
         let unread = self.journal.end().since(cursor);
         warn!(sink = %name, unread, dead_letters, "a sink is no longer in the rules: its parked deliveries are dead letters, and the events that it has not read stay unread");
-        self.metrics.forget(name, dead_letters);
+        self.metrics.buried(name, dead_letters);
+        self.metrics.forget(name);
         Ok(())
     }
 

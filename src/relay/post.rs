@@ -130,7 +130,7 @@ impl Post {
         let ended = self.end_lanes(&ours, false, how, &mut phase).await;
         if *bury.borrow() {
             let dead_letters = bury_parked(&self.name, &self.ledger, &ours).await;
-            self.metrics.forget(&self.name, dead_letters);
+            self.metrics.buried(&self.name, dead_letters);
         }
         let Self { name, group, ledger, readers, mut moves, .. } = self;
         let leaving = tokio::task::spawn_blocking(move || {
