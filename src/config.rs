@@ -128,18 +128,18 @@ impl Config {
     /// Reads the settings; `file` must exist, [`DEFAULT_FILE`] need not.
     pub fn read(file: Option<&Path>, lookup: &dyn Lookup) -> Read {
         let path = file.unwrap_or(Path::new(DEFAULT_FILE));
-        let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
-        let variables = std::env::vars_os().map(|(name, value)| (lossy(name), lossy(value)));
+        let (variables, garbled) = variables();
         let (source, unreadable) = match std::fs::read_to_string(path) {
             Ok(source) => (source, None),
             Err(error) if error.kind() == ErrorKind::NotFound && file.is_none() => (String::new(), None),
             Err(error) => (String::new(), Some(format!("{}: {error}", path.display()))),
         };
-        let mut read = Read::new(&path.display().to_string(), &source, variables, lookup);
+        let mut read = Read::new(&path.display().to_string(), &source, variables.into_iter(), lookup);
         if let Some(problem) = unreadable {
             // What the variables seem to lack may be in the file.
             (read.problems, read.knows_routes) = (vec![problem.into()], false);
         }
+        read.problems.extend(garbled);
         read
     }
 
@@ -193,6 +193,9 @@ impl Config {
         if self.data_dir.as_os_str().is_empty() {
             problems.push("data_dir is empty; name a folder".to_owned());
         }
+        if self.routes.as_os_str().is_empty() {
+            problems.push("routes is empty; name the file with the rules".to_owned());
+        }
         problems.extend(self.shutdown.problems());
         if share(self.ingress.listen, self.admin.listen) {
             problems.push(format!(
@@ -212,8 +215,31 @@ impl Config {
     }
 
     fn warnings(&self) -> Vec<String> {
-        ingress::Access::warnings(&self.ingress)
+        let mut warnings = ingress::Access::warnings(&self.ingress);
+        let (body, segment) = (self.ingress.max_body, self.journal.disk().segment);
+        if self.journal.kind == journal::Kind::Disk && body >= segment {
+            warnings.push(format!(
+                "ingress.max_body is {body}, and journal.segment {segment}: a body that no journal file has room for is refused"
+            ));
+        }
+        warnings
     }
+}
+
+/// The variables of this process, and what is wrong with those that can't be read.
+fn variables() -> (Vec<(String, String)>, Vec<Problem>) {
+    let (mut variables, mut garbled) = (Vec::new(), Vec::new());
+    for (name, value) in std::env::vars_os() {
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => variables.push((name, value)),
+            (Ok(name), Err(_)) if name.starts_with(read::PREFIX) => {
+                garbled.push(format!("{name}: the value is not UTF-8").into());
+            }
+            // None of ours.
+            (Ok(_) | Err(_), _) => {}
+        }
+    }
+    (variables, garbled)
 }
 
 /// Whether two listeners would be in each other's way. Port 0 is any that is free.

@@ -11,6 +11,7 @@ mod fingerprint;
 mod reference;
 mod syntax;
 mod unresolved;
+mod words;
 
 use std::cell::RefCell;
 use std::fmt;
@@ -413,7 +414,8 @@ impl<'d> Value<'d> {
         let at = error.span().filter(|span| *span != (0..0)).unwrap_or_else(|| self.value.span());
         let inside = |span: &Range<usize>| self.value.span().start <= span.start && span.end <= self.value.span().end;
         let apart = |span: &Range<usize>| inside(&at) && (span.end <= at.start || at.end <= span.start);
-        let message = if referring.iter().all(apart) { error.message().to_owned() } else { AFTER_RESOLVING.to_owned() };
+        let message =
+            if referring.iter().all(apart) { words::plain(error.message()) } else { AFTER_RESOLVING.to_owned() };
         self.document.report(&Place(at), Severity::Error, message);
         None
     }

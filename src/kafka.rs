@@ -75,10 +75,7 @@ impl Log {
 impl ClientContext for Log {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         let sink = self.sink();
-        // What is set for all clients of a kind is not for each of them.
-        if facility == "CONFWARN" && text.ends_with("will be ignored by this consumer instance")
-            || text.ends_with("will be ignored by this producer instance")
-        {
+        if is_usual(facility, text) {
             return debug!(sink, facility, text, "librdkafka");
         }
         match level {
@@ -111,6 +108,20 @@ impl ClientContext for Log {
     }
 
     fn stats_raw(&self, _statistics: &[u8]) {}
+}
+
+/// Whether nothing is unexpected about it.
+fn is_usual(facility: &str, text: &str) -> bool {
+    match facility {
+        // What is set for all clients of a kind is not for each of them.
+        "CONFWARN" => {
+            let is_of = |kind| text.ends_with(&format!("will be ignored by this {kind} instance"));
+            is_of("consumer") || is_of("producer")
+        }
+        // So a broker answers the first that asks it since its start.
+        "GETPID" => text.contains("oordinator load in progress"),
+        _ => false,
+    }
 }
 
 impl ConsumerContext for Log {}

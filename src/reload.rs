@@ -121,9 +121,15 @@ impl Sources {
 }
 
 /// What settings and rules say that does not go together; each a warning.
-pub fn disagreements(config: &Config, rules: &Rules) -> Vec<String> {
+fn disagreements(config: &Config, rules: &Rules) -> Vec<String> {
+    let auth = &config.ingress.auth;
+    let strange = rules.table.tokens().filter_map(|(route, written, mut names)| {
+        (!names.all(|name| auth.has_name(name)))
+            .then(|| format!("route {route:?}: its `token` ({written}) names one that ingress.auth does not have"))
+    });
+    let mut warnings: Vec<_> = strange.collect();
     if config.journal.kind != journal::Kind::Kafka {
-        return Vec::new();
+        return warnings;
     }
     let key = config.journal.kafka().key;
     let unordered = rules.sinks.iter().filter(|sink| !keeps_order(key, sink.lane.order_by));
@@ -135,7 +141,8 @@ pub fn disagreements(config: &Config, rules: &Rules) -> Vec<String> {
         let name = &sink.name;
         format!("sinks.{name}: `start` has no meaning with journal.kind = \"kafka\": a sink gets what is accepted after the rules name it; `engage-relay replay` sends it what was before")
     });
-    unordered.chain(early).collect()
+    warnings.extend(unordered.chain(early));
+    warnings
 }
 
 /// Whether events that have to stay in order are in one partition. A message has one recipient and one sender.

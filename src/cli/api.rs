@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use super::{Global, plain};
+use super::{Global, Usage, plain};
 use crate::event::rfc3339;
 
 /// How long an answer may take. What takes long is asked for in small pieces.
@@ -139,7 +139,7 @@ pub(super) fn time(text: &str) -> Result<String, String> {
 pub(super) fn check_period(since: Option<&str>, until: Option<&str>) -> anyhow::Result<()> {
     let parse = |text: &str| text.parse::<jiff::Timestamp>();
     if let (Some(since), Some(until)) = (since, until) {
-        ensure!(parse(since)? < parse(until)?, "--since must be before --until: nothing is in between");
+        ensure!(parse(since)? < parse(until)?, Usage("--since must be before --until: nothing is in between"));
     }
     Ok(())
 }

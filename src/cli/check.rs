@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::{BAD_CONFIGURATION, Global, print};
+use super::{BAD_CONFIGURATION, Global, counted, print};
 use crate::config::Problem;
 use crate::journal;
 use crate::journal::kafka::{self, OpenError};
@@ -24,8 +24,9 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
         Ok(loaded) => {
             let refused = if arguments.connect { connect(&loaded)? } else { Ok(()) };
             let Loaded { config, rules, warnings, problems } = loaded;
-            let (routes, sinks) = (rules.table.routes().len(), rules.sinks.len());
-            let summary = format!("{}: ok, {routes} routes, {sinks} sinks", config.routes.display());
+            let routes = counted(rules.table.routes().len(), "route");
+            let sinks = counted(rules.sinks.len(), "sink");
+            let summary = format!("{}: ok, {routes}, {sinks}", config.routes.display());
             let mut problems: Vec<_> = problems.into_iter().map(Problem::InFile).collect();
             match refused {
                 Ok(()) => (Some(summary), problems, warnings, ExitCode::SUCCESS),
@@ -49,7 +50,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
             writeln!(text, "{}: {problem}", if problem.is_error() { "error" } else { "warning" })?;
         }
         let errors = problems.iter().filter(|problem| problem.is_error()).count();
-        let summary = summary.unwrap_or_else(|| format!("{errors} errors; nothing would be applied"));
+        let summary = summary.unwrap_or_else(|| format!("{}; nothing would be applied", counted(errors, "error")));
         print(&format!("{text}{summary}\n"))?;
     }
     Ok(code)

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, check_period, elements, number, table, text, time};
-use super::{Global, bar, examples, plain, print};
+use super::{Global, Usage, bar, examples, plain, print};
 
 /// How many one request takes when no rate is asked for.
 const CHUNK: u64 = 1000;
@@ -191,7 +191,7 @@ impl Which {
     ) -> anyhow::Result<Done> {
         let filter = self.filter.pairs()?;
         if filter.is_empty() && !self.all {
-            bail!("which dead letters? Give their numbers, a filter such as --sink, or --all");
+            bail!(Usage("which dead letters? Give their numbers, a filter such as --sink, or --all"));
         }
         let mut body = options.clone();
         body.extend(filter.into_iter().map(|(name, value)| (name.to_owned(), json!(value))));

@@ -30,6 +30,8 @@ use crate::rules::{Rules, RulesError};
 
 /// Exit status for settings or rules that can't be used (`EX_USAGE`).
 const BAD_CONFIGURATION: u8 = 64;
+/// Exit status for arguments that can't be used, as the parser of the command line has it.
+const BAD_ARGUMENTS: u8 = 2;
 
 /// Receives Aivo Engage webhooks, stores them durably, and forwards them to Kafka, RabbitMQ and HTTP.
 #[derive(Parser)]
@@ -43,6 +45,7 @@ struct Arguments {
 
 /// Options of every command.
 #[derive(Args)]
+#[command(next_help_heading = "Options of every command")]
 struct Global {
     /// The file with the settings [default: relay.toml, if it is there]
     #[arg(long, global = true, value_name = "FILE")]
@@ -147,8 +150,17 @@ pub fn main() -> ExitCode {
 fn failed(error: &anyhow::Error, json: bool) -> ExitCode {
     // There is nowhere else to say it.
     drop(std::io::stderr().write_all(said(error, json).as_bytes()));
-    if is_configuration(error) { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
+    match error {
+        _ if is_configuration(error) => BAD_CONFIGURATION.into(),
+        _ if error.is::<Usage>() => BAD_ARGUMENTS.into(),
+        _ => ExitCode::FAILURE,
+    }
 }
+
+/// Arguments that say too little, or do not go together.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(&'static str);
 
 /// An error, as JSON or for people.
 fn said(error: &anyhow::Error, json: bool) -> String {
@@ -205,6 +217,11 @@ fn bar() -> anyhow::Result<ProgressStyle> {
         write!(out, "{:.0}/s", state.per_sec()).unwrap_or(());
     };
     Ok(ProgressStyle::with_template("{bar:40} {pos}/{len} {rate} {eta}")?.with_key("rate", rate))
+}
+
+/// A number of things, by what one of them is called.
+fn counted(number: usize, one: &str) -> String {
+    format!("{number} {one}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Prints to standard output. A reader that has gone away (`| head`) is not an error; then this is false.

@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
 use super::api::{Api, check_period, number, time};
-use super::{Global, print};
+use super::{Global, Usage, print};
 
 /// How many one request takes when no rate is asked for.
 const CHUNK: u64 = 1000;
@@ -78,10 +78,10 @@ fn conditions(when: &str) -> anyhow::Result<Map<String, Value>> {
     let when = when.trim();
     let source = if when.starts_with('{') { format!("when = {when}") } else { format!("when = {{ {when} }}") };
     let mut parsed: Map<String, Value> =
-        toml::from_str(&source).with_context(|| format!("--when {when:?} is not written as in a route"))?;
+        toml::from_str(&source).context(Usage("--when is not written as in a route"))?;
     match parsed.remove("when") {
         Some(Value::Object(conditions)) => Ok(conditions),
-        Some(_) | None => anyhow::bail!("--when {when:?} has no conditions"),
+        Some(_) | None => bail!(Usage("--when has no conditions")),
     }
 }
 

@@ -122,15 +122,26 @@ impl Given {
     }
 
     /// Puts a value where the path leads to, over what is there. Tables are merged, unless there is nothing in one.
-    pub(super) fn put<'k>(&mut self, mut path: impl Iterator<Item = &'k str>, given: Self) {
-        let Some(key) = path.next() else { return self.merge(given) };
+    ///
+    /// # Errors
+    ///
+    /// The variable that has given another value to the whole that this one is a part of.
+    pub(super) fn put<'k>(&mut self, mut path: impl Iterator<Item = &'k str>, given: Self) -> Result<(), Rc<str>> {
+        let Some(key) = path.next() else {
+            self.merge(given);
+            return Ok(());
+        };
         if !matches!(self.node, Node::Table(_)) {
+            if let Origin::Variable(name) = &self.origin {
+                return Err(Rc::clone(name));
+            }
             *self = Self::new(given.origin.clone(), Node::Table(BTreeMap::new()));
         }
         if let Node::Table(entries) = &mut self.node {
             let table = || Self::new(given.origin.clone(), Node::Table(BTreeMap::new()));
-            entries.entry(key.to_owned()).or_insert_with(table).put(path, given);
+            return entries.entry(key.to_owned()).or_insert_with(table).put(path, given);
         }
+        Ok(())
     }
 
     fn merge(&mut self, given: Self) {

@@ -12,7 +12,8 @@ use crate::document::{Document, Lookup, Section};
 const MAX_PROBLEMS: usize = 100;
 /// Between the levels of a variable's name.
 const LEVEL: &str = "__";
-const PREFIX: &str = "RELAY_";
+/// What the names of variables begin with that may be settings.
+pub(super) const PREFIX: &str = "RELAY_";
 
 /// Settings as far as they can be used.
 pub struct Read {
@@ -62,18 +63,20 @@ impl Reader<'_> {
     /// Puts those variables that are settings over what the file has. A misspelt setting is a problem. Other `RELAY_…`
     /// variables are not ours: Kubernetes sets `RELAY_PORT` and the like for a service that is called relay.
     fn put_variables(&mut self, variables: impl Iterator<Item = (String, String)>, lookup: &dyn Lookup) {
-        let mut variables: Vec<_> = variables.filter(|(name, _)| name.starts_with(PREFIX)).collect();
+        let mut variables: Vec<_> = variables.collect();
         // Their order in the environment means nothing.
         variables.sort();
         for (name, text) in variables {
-            let key = name.strip_prefix(PREFIX).unwrap_or_default().to_ascii_lowercase();
+            let Some(key) = name.strip_prefix(PREFIX).map(str::to_ascii_lowercase) else { continue };
             let path: Vec<_> = key.split(LEVEL).collect();
             let message = || format!("{name}: there is no such setting; known are {}", TABLES.join(", "));
             if path.first().is_some_and(|top| TABLES.contains(top)) {
                 let (given, problems) = Given::of_variable(&Rc::from(name.as_str()), &text, lookup);
                 let origin = given.origin.clone();
-                self.given.put(path.iter().copied(), given);
-                problems.into_iter().for_each(|problem| self.report(&origin, format!("{}: {problem}", path.join("."))));
+                let whole = self.given.put(path.iter().copied(), given).err();
+                let whole = whole.map(|whole| format!("{whole} has set it as a whole; set one of the two"));
+                let problems = problems.into_iter().chain(whole);
+                problems.for_each(|problem| self.report(&origin, format!("{}: {problem}", path.join("."))));
             } else if path.len() > 1 {
                 self.problems.push(message().into());
             } else {
@@ -159,11 +162,13 @@ impl Reader<'_> {
     }
 }
 
-/// The settings that a message names.
+/// The settings that a message names: the first word may be one outside of tables.
 fn settings_in(message: &str) -> Vec<Vec<String>> {
     let words = message.split(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '_'));
     let paths = words.map(|word| word.trim_matches('.').split('.').map(str::to_owned).collect::<Vec<_>>());
-    paths.filter(|path| path.len() > 1 && path.first().is_some_and(|top| TABLES.contains(&top.as_str()))).collect()
+    let is_known = |path: &[String]| path.first().is_some_and(|top| TABLES.contains(&top.as_str()));
+    let named = paths.enumerate().filter(|(place, path)| is_known(path) && (path.len() > 1 || *place == 0));
+    named.map(|(_, path)| path).collect()
 }
 
 /// What an error says, without the value that it is about, which may be a secret.

@@ -200,6 +200,13 @@ fn says_what_a_value_should_be() {
     check("[ingress.tls]\ncert = 'x'\n", &[], &["relay.toml:1:1: ingress.tls: `key` is missing"]);
     check(
         "",
+        &[("RELAY_INGRESS__AUTH", "none"), ("RELAY_INGRESS__AUTH__HEADER", "x-key")],
+        &[
+            "RELAY_INGRESS__AUTH__HEADER: ingress.auth.header: RELAY_INGRESS__AUTH has set it as a whole; set one of the two",
+        ],
+    );
+    check(
+        "",
         &[("RELAY_INGRESS__LISTEN", "9000")],
         &["RELAY_INGRESS__LISTEN: ingress.listen: is not an address with a port"],
     );
@@ -220,7 +227,9 @@ fn says_what_does_not_work() {
     check("[journal]\nkind = 'kafka'\n[ingress]\nauth = 'none'\n", &[], &["relay.toml:1:1: journal.brokers: the list"]);
     check("", &[("RELAY_ADMIN__TOKEN", " x")], &["RELAY_ADMIN__TOKEN: admin.token begins or ends with white space"]);
     check("", &[("RELAY_ADMIN__TOKEN", "x\ty\u{1}")], &["RELAY_ADMIN__TOKEN: admin.token has a control character"]);
-    check("data_dir = ''\n", &[], &["relay.toml:1:1: data_dir is empty; name a folder"]);
+    check("data_dir = ''\n", &[], &["relay.toml:1:12: data_dir is empty; name a folder"]);
+    check("data_dir = 'x'", &[("RELAY_DATA_DIR", "")], &["RELAY_DATA_DIR: data_dir is empty; name a folder"]);
+    check("", &[("RELAY_ROUTES", "")], &["RELAY_ROUTES: routes is empty; name the file with the rules"]);
     let a_day = [("RELAY_SHUTDOWN__DELAY", "24h"), ("RELAY_SHUTDOWN__GRACE", "24h")];
     good("", &a_day);
     check(

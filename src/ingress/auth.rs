@@ -78,6 +78,14 @@ impl AuthConfig {
         }
     }
 
+    /// Whether events may come with a token of this name.
+    pub fn has_name(&self, name: &str) -> bool {
+        match self {
+            Self::Tokens { tokens, .. } if !tokens.is_empty() => tokens.iter().any(|token| token.name == name),
+            Self::None | Self::Tokens { .. } => name == self.first_name(),
+        }
+    }
+
     /// Whether a token is made up where none is kept yet.
     pub fn is_generated(&self) -> bool {
         matches!(self, Self::Tokens { tokens, .. } if tokens.is_empty())

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::poll;
-use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{
+    ALLOW, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Body as _, Incoming};
@@ -175,7 +177,7 @@ impl Handler {
 
     /// Hands the events of a body to the journal; returns the answer that is due when they are durable.
     fn store(&self, content: &[u8], token: &str, headers: &HeaderMap) -> Result<(Storing, String), Refusal> {
-        let events = event::parse(content)?;
+        let events = parse(content, headers)?;
         let (append, answer) = self.append(events.iter().map(|event| (event, event.id(), true)), token, headers)?;
         Ok((Storing::Appended { append, events: events.len() }, answer))
     }
@@ -188,7 +190,7 @@ impl Handler {
         token: &str,
         headers: &HeaderMap,
     ) -> Result<(Storing, String), Refusal> {
-        let events = event::parse(content)?;
+        let events = parse(content, headers)?;
         let mut ids: Vec<_> = events.iter().map(Parsed::id).collect();
         let deadline = Instant::now() + self.body_timeout;
         let claimed = loop {
@@ -324,6 +326,14 @@ impl Storing {
     }
 }
 
+/// The events of a body.
+fn parse<'b>(content: &'b [u8], headers: &HeaderMap) -> Result<Vec<Parsed<'b>>, Refusal> {
+    event::parse(content).map_err(|error| match headers.contains_key(CONTENT_ENCODING) {
+        true => Refusal::Encoded,
+        false => error.into(),
+    })
+}
+
 /// Reads a whole body of at most `max` bytes.
 async fn read(body: &mut Incoming, max: u64) -> Result<Bytes, Refusal> {
     let mut first = Bytes::new();
@@ -359,6 +369,8 @@ enum Refusal {
     /// The sender went away, or broke the protocol.
     Aborted,
     Body(BodyError),
+    /// The same, of a body that may have been compressed.
+    Encoded,
     Journal(AppendError),
 }
 
@@ -384,7 +396,7 @@ impl Refusal {
             Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
             Self::TooLarge | Self::Journal(AppendError::TooLarge { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::Aborted | Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::Aborted | Self::Body(_) | Self::Encoded => StatusCode::BAD_REQUEST,
             Self::Journal(
                 AppendError::Full(_)
                 | AppendError::Busy
@@ -415,8 +427,9 @@ impl Refusal {
             ),
             Self::Aborted => "the body ended early".to_owned(),
             Self::Body(error) => error.to_string(),
+            Self::Encoded => "the body is not JSON, and has a content-encoding; send it without".to_owned(),
             Self::Journal(AppendError::TooLarge { .. }) => {
-                "the events are longer than the journal can take at once; send fewer".to_owned()
+                "the journal can't take so much at once; send fewer events in a request, or shorter ones".to_owned()
             }
             Self::Journal(AppendError::Full(_) | AppendError::Busy) => {
                 "there is no room for the event at present; it was not stored, send it again later".to_owned()

@@ -148,6 +148,17 @@ impl Table {
         self.routes.get(route.0).map_or("", |route| &route.name)
     }
 
+    /// The routes' conditions that name tokens: the route, what it says, the names.
+    pub fn tokens(&self) -> impl Iterator<Item = (&str, &str, impl Iterator<Item = &str>)> {
+        let conditions =
+            self.routes.iter().flat_map(|route| route.when.iter().map(move |condition| (route, condition)));
+        conditions.filter_map(|(route, condition)| {
+            let is_token = self.subjects.get(condition.subject.0) == Some(&Subject::Token);
+            let names = condition.exact().filter(|_| is_token)?;
+            Some((route.name.as_str(), condition.written.as_str(), names))
+        })
+    }
+
     /// Whether events that no route matches are kept as dead letters of [`UNROUTED`].
     pub fn keeps_unrouted(&self) -> bool {
         self.keep_unrouted

@@ -277,7 +277,7 @@ const PROBLEMS: [&str; 36] = [
     "19:25: should be a string, an array of strings or a table of tests, is a date or time",
     "19:50: the environment variable `NONE` is not set",
     "19:83: the regex is not valid",
-    "20:9: invalid type: integer `3`, expected a boolean",
+    "20:9: should be true or false, is an integer",
     "22:6: should be an array of sink names, is a string",
     "23:8: a route's name cannot be empty; without `name` it is called by its number",
     "24:8: should be a table, is an integer",
@@ -287,7 +287,7 @@ const PROBLEMS: [&str; 36] = [
     "27:10: invalid basic string, expected `\"`",
     "28:29: the regex is not valid: compiled it is larger than 1048576 bytes",
     "28:69: should be a string, is a table",
-    "30:8: invalid type: string \"no\", expected a boolean",
+    "30:8: should be true or false, is a string",
     "31:2: unknown key `route`; did you mean `routes`?",
 ];
 

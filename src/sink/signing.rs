@@ -10,7 +10,7 @@ use crate::signature::Key;
 pub(super) struct Secrets(Vec<Key>);
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "should be a string, or an array of strings")]
 enum OneOrMore {
     One(String),
     More(Vec<String>),

@@ -80,8 +80,34 @@ async fn check_reports_every_mistake_with_its_place() {
 #[tokio::test]
 async fn check_says_once_what_is_a_warning() {
     let done = Setup::new("[sinks.idle]\ntype = \"stdout\"\n").run(&["check"], "").await;
-    let expected = "warning: routes.toml:1:8: no route leads to the sink `idle`\nroutes.toml: ok, 0 routes, 1 sinks\n";
+    let expected = "warning: routes.toml:1:8: no route leads to the sink `idle`\nroutes.toml: ok, 0 routes, 1 sink\n";
     assert_eq!((done.code, &*done.stdout), (Some(0), expected), "{done:?}");
+}
+
+#[tokio::test]
+async fn check_says_where_settings_and_rules_do_not_go_together() {
+    let check = async |setup: Setup, expected: &[&str]| {
+        let done = setup.run(&["check"], "").await;
+        let warnings: Vec<_> = done.stdout.lines().filter_map(|line| line.strip_prefix("warning: ")).collect();
+        assert_eq!((done.code, &*warnings), (Some(0), expected), "{done:?}");
+    };
+    let rules = "[sinks.out]\ntype = \"stdout\"\nstart = \"earliest\"\ndelivery = { order_by = \"sender_id\" }\n\
+        [[routes]]\nwhen = { token = [\"test\", \"${OTHER}\"] }\nto = [\"out\"]\n\
+        [[routes]]\nname = \"mine\"\nwhen = { token = { in = [\"test\"], prefix = \"o\" } }\nto = [\"out\"]\n\
+        [[routes]]\nwhen = { token = \"o*\" }\nto = [\"out\"]\n";
+    let setup = Setup::new(rules).env("OTHER", "s3cret").env("RELAY_JOURNAL__SEGMENT", "64KiB");
+    let strange = "route \"route-1\": its `token` ([\"test\", \"${OTHER}\"]) names one that ingress.auth does not have";
+    let short = "ingress.max_body is 64.0 KiB, and journal.segment 64.0 KiB: a body that no journal file has room for is refused";
+    check(setup.clone().env("RELAY_INGRESS__MAX_BODY", "65536"), &[short, strange]).await;
+    check(setup.clone().env("RELAY_INGRESS__MAX_BODY", "65535").env("OTHER", "test"), &[]).await;
+    let kafka = setup.clone().env("RELAY_JOURNAL__KIND", "kafka").env("RELAY_JOURNAL__BROKERS", "[\"k:9092\"]");
+    let order = "sinks.out: its `order_by` is not kept across partitions: journal.key is \"message_id\", by which events are spread over them";
+    let start = "sinks.out: `start` has no meaning with journal.kind = \"kafka\": a sink gets what is accepted after the rules name it; `engage-relay replay` sends it what was before";
+    check(kafka.without("RELAY_JOURNAL__SEGMENT"), &[strange, order, start]).await;
+    let made_up =
+        setup.without("RELAY_INGRESS__AUTH__TOKENS").without("RELAY_JOURNAL__SEGMENT").env("OTHER", "generated");
+    let mine = "route \"mine\": its `token` ([\"test\"]) names one that ingress.auth does not have";
+    check(made_up, &[strange, mine]).await;
 }
 
 #[tokio::test]

@@ -119,6 +119,11 @@ async fn refuses_bodies(client: &Client) {
     for body in bodies {
         check_problem(&client.send(request(Method::POST, PATH, Some(TOKEN.1), body)).await, 400);
     }
+    let mut encoded = request(Method::POST, PATH, Some(TOKEN.1), b"\x1f\x8b\x08");
+    encoded.headers_mut().insert("content-encoding", "gzip".parse().unwrap());
+    let answer = client.send(encoded).await;
+    check_problem(&answer, 400);
+    assert!(String::from_utf8_lossy(&answer.body).contains("content-encoding"), "{answer:?}");
     check_problem(&client.send(webhook(object_of(2049))).await, 413);
     assert_eq!(client.send(webhook(object_of(2048))).await.ids().len(), 1, "after refusals the connection still works");
 }

@@ -273,8 +273,10 @@ async fn retained_events_are_sent_again_by_time_and_rule() {
     let period = ["--since", "1h", "--until", "2h"];
     for command in [&["replay", "--sink", "http"][..], &["dead-letters", "discard"], &["diff", "routes.toml"]] {
         let empty = relay.command(&[command, &period].concat()).await;
-        assert!(empty.code == Some(1) && empty.stderr.contains("--since must be before --until"), "{empty:?}");
+        assert!(empty.code == Some(2) && empty.stderr.contains("--since must be before --until"), "{empty:?}");
     }
+    let all = relay.command(&["dead-letters", "discard"]).await;
+    assert!(all.code == Some(2) && all.stderr.contains("or --all"), "{all:?}");
     let wrong = relay.command(&["replay", "--sink", "http", "--when", "staus = \"read\""]).await;
     assert!(wrong.code == Some(1) && wrong.stderr.contains("did you mean `status`?"), "{wrong:?}");
     let nowhere = relay.command(&["replay", "--sink", "nowhere"]).await;
