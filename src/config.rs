@@ -55,7 +55,7 @@ impl Default for Config {
 }
 
 /// The `[shutdown]` settings.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ShutdownConfig {
     /// How long requests are still accepted after SIGTERM, so that a balancer can notice.
@@ -171,18 +171,15 @@ impl Config {
 
     /// The settings that differ and have no effect in a running relay.
     pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
-        let settings = |config: &Self| {
-            [
-                ("data_dir", format!("{:?}", config.data_dir)),
-                ("ingress", format!("{:?}", config.ingress.unchangeable())),
-                ("journal", format!("{:?}", config.journal)),
-                ("admin.listen", config.admin.listen.to_string()),
-                ("shutdown", format!("{:?}", config.shutdown)),
-                ("telemetry", format!("{:?}", config.telemetry.unchangeable())),
-            ]
-        };
-        let both = settings(self).into_iter().zip(settings(new));
-        both.filter(|(old, new)| old != new).map(|((name, _), _)| name).collect()
+        let settings = [
+            ("data_dir", self.data_dir == new.data_dir),
+            ("ingress", self.ingress.unchangeable() == new.ingress.unchangeable()),
+            ("journal", self.journal == new.journal),
+            ("admin.listen", self.admin.listen == new.admin.listen),
+            ("shutdown", self.shutdown == new.shutdown),
+            ("telemetry", self.telemetry.unchangeable() == new.telemetry.unchangeable()),
+        ];
+        settings.into_iter().filter(|(_, is_same)| !is_same).map(|(name, _)| name).collect()
     }
 
     /// What is wrong with the settings, each with the name of the one that it is about.

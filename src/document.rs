@@ -7,7 +7,6 @@
 //!
 //! This part knows TOML and references. It does not know what any key means.
 
-mod fingerprint;
 mod reference;
 mod syntax;
 mod unresolved;

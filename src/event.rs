@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
-pub use body::{BodyError, Parsed, parse};
+pub use body::{BodyError, MAX_EVENTS, Parsed, parse};
 
 /// One accepted webhook body, as lanes and sinks see it. Cloning is cheap: all of it shares one buffer.
 #[derive(Clone, Debug)]

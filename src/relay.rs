@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::net::TcpSocket;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{error, info, warn};
 
@@ -157,6 +157,7 @@ impl Relay {
             max_body: usize::try_from(config.ingress.max_body.as_u64()).unwrap_or(usize::MAX),
             gate: ingress.gate(),
             ingress: metrics.ingress,
+            replaying: Mutex::default(),
             comparing: Arc::default(),
             reload,
             logs,

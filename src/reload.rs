@@ -13,7 +13,6 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 
 use crate::config::{self, Config, ConfigError, DEFAULT_FILE, Read};
@@ -175,6 +174,11 @@ impl Lookup for Recorder {
         self.note(Path::new(path));
         Environment.file(path)
     }
+
+    fn digest(&self, path: &Path) -> Option<[u8; 32]> {
+        self.note(path);
+        self.0.borrow().get(path)?.digest
+    }
 }
 
 /// The files that were read, as they were then.
@@ -216,7 +220,7 @@ impl Stat {
 impl Print {
     fn of(path: &Path) -> Self {
         let stat = Stat::of(path);
-        Self { stat, digest: fs::read(path).ok().map(|content| Sha256::digest(content).into()) }
+        Self { stat, digest: Environment.digest(path) }
     }
 
     fn has_content(&self) -> bool {

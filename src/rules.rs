@@ -7,8 +7,6 @@ use std::iter::successors;
 use std::path::Path;
 use std::sync::Arc;
 
-use sha2::{Digest as _, Sha256};
-
 use crate::document::{Document, Key, Lookup, Problem, Section, Severity, Unresolved};
 use crate::lane;
 use crate::routing::{Table, check_sink_name};
@@ -144,18 +142,12 @@ fn read_sinks<'d>(
         }
         section.finish();
         if let Some(sink) = sink {
-            let files = sink.files().iter().map(|path| digest(path, lookup)).collect();
+            let files = sink.files().iter().map(|path| lookup.digest(path)).collect();
             sinks.push(SinkRules { name: key.name.to_owned(), sink, lane, files });
         }
         names.push(key);
     }
     (sinks, names)
-}
-
-/// Of a file that can't be read there is none; building the sink says why.
-fn digest(path: &Path, lookup: &dyn Lookup) -> Option<[u8; 32]> {
-    let content = lookup.file(path.to_str()?).ok()?;
-    Some(Sha256::digest(content).into())
 }
 
 fn check_name(root: &Section<'_>, key: &Key<'_>) {

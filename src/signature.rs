@@ -1,11 +1,24 @@
 //! Signatures of webhooks: HMAC-SHA256 as Standard Webhooks 1.0 and as WebSub ("hub") define it. Made for what is sent,
 //! and compared with what has come; keys and bytes are all that this knows.
 
+use std::time::SystemTime;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use hmac::{Hmac, KeyInit, Mac};
+use serde::Deserialize;
 use sha2::Sha256;
+
+/// A secret, or several of them: one of the two while it is rotated.
+#[derive(Clone, PartialEq, Deserialize)]
+#[serde(untagged, expecting = "should be text, or a list of texts")]
+pub enum OneOrMore {
+    /// The text.
+    One(String),
+    /// The list.
+    More(Vec<String>),
+}
 
 /// A key to sign with. Debug does not show it.
 #[derive(Clone)]
@@ -58,6 +71,11 @@ impl std::fmt::Debug for Key {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Key(…)")
     }
+}
+
+/// Seconds since 1970, rounded down.
+pub fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 #[cfg(test)]

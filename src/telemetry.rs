@@ -1,5 +1,6 @@
 //! Logs, on standard error: text for people, JSON for machines. And traces, where the settings ask for them.
 
+mod throttle;
 mod traces;
 
 use std::io::IsTerminal as _;
@@ -12,13 +13,14 @@ use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
+pub use throttle::Throttle;
 pub use traces::{Begin, Headers, OtlpProtocol, Span, Traces, TracesError};
 
 /// What is logged where nothing is said.
 const DEFAULT_LEVEL: &str = "info";
 
 /// The `[telemetry]` settings.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// A level (`info`), or filter directives (`info,engage_relay::lane=debug`).

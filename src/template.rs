@@ -64,8 +64,8 @@ impl fmt::Debug for Part {
 const ABSENT: &str = "-";
 /// Bytes reserved for each value.
 const USUAL_VALUE: usize = 32;
-/// RFC 3986: all but these are percent-encoded.
-const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+/// All but what RFC 3986 calls unreserved: what is percent-encoded in a part of a URI.
+pub(crate) const ALL_BUT_UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 impl Template {
     /// Compiles a text.
@@ -115,11 +115,11 @@ impl Template {
 
     /// The text with `sample` in place of every field: to check at load time what values could change.
     pub fn render_sample(&self, sample: &str) -> String {
-        let part = |part| match part {
-            &Part::Literal(ref text) | &Part::Secret { value: ref text, .. } => text.as_str(),
+        let parts = self.parts.iter().map(|part| match part {
+            Part::Literal(text) | Part::Secret { value: text, .. } => text.as_str(),
             Part::EventId | Part::Field { .. } | Part::Pointer { .. } => sample,
-        };
-        self.parts.iter().map(part).collect()
+        });
+        parts.collect()
     }
 
     fn fill<'t>(&'t self, event: &Event, escape: Escape, secret: fn(&'t str, &'t str) -> &'t str) -> String {
@@ -145,7 +145,7 @@ fn push(out: &mut String, value: &str, escape: Escape) {
         (Escape::None, value) => out.push_str(value),
         (Escape::Url, ".") => out.push_str("%252E"),
         (Escape::Url, "..") => out.push_str("%252E%252E"),
-        (Escape::Url, value) => out.extend(utf8_percent_encode(value, RESERVED)),
+        (Escape::Url, value) => out.extend(utf8_percent_encode(value, ALL_BUT_UNRESERVED)),
     }
 }
 

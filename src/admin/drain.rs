@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use utoipa::{IntoParams, ToSchema};
 
 use super::problem::{Failed, Json, Problem, Query};
-use super::sinks::{SinkStatus, sinks};
+use super::sinks::{SinkStatus, dead_letters, sinks};
 use super::{Operated, Shared, position};
 use crate::journal::Position;
 
@@ -44,6 +44,8 @@ pub(super) struct Drained {
     drained: bool,
     /// For `up_to` of the next request.
     up_to: i64,
+    /// How many dead letters are kept. Whoever takes the relay's disk away takes them with it.
+    dead_letters: u64,
     sinks: Vec<Left>,
 }
 
@@ -90,7 +92,8 @@ pub(super) async fn drain(
         seems_drained = since;
         let is_sure = since.is_some_and(|since| operated.cluster.is_none() || now - since >= FRESH);
         if is_sure || since.is_none() && now >= deadline {
-            return Ok(Json(Drained { drained: is_sure, up_to: up_to.to_stored(), sinks }));
+            let dead_letters = dead_letters(&operated).await?.values().sum();
+            return Ok(Json(Drained { drained: is_sure, up_to: up_to.to_stored(), dead_letters, sinks }));
         }
         sleep(POLL).await;
     }
@@ -99,10 +102,10 @@ pub(super) async fn drain(
 /// What a sink has left on all replicas. What nobody has at the moment, nobody has delivered.
 fn left_of(sink: &SinkStatus) -> Left {
     Left {
-        name: sink.name().to_owned(),
-        lag_events: sink.lag_events().max(u64::from(sink.unheld_partitions() > 0)),
-        parked: sink.parked(),
-        paused: sink.is_paused(),
+        name: sink.name.clone(),
+        lag_events: sink.lag_events.max(u64::from(sink.unheld_partitions > 0)),
+        parked: sink.parked,
+        paused: sink.paused,
     }
 }
 

@@ -2,11 +2,11 @@
 
 #![expect(unused_qualifications, reason = "in what the macros write")]
 
-use std::collections::HashMap;
+mod batch;
+
 use std::time::Duration;
 
 use axum::extract::State;
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokio::time::{Instant, sleep_until};
@@ -16,9 +16,9 @@ use super::problem::{Failed, Json, Path, Problem, Query};
 use super::up_to::UpTo;
 use super::{BULK_LIMIT, Operated, Shared, limit, time};
 use crate::event::{Event, Field, rfc3339};
-use crate::journal::Position;
 use crate::ledger::{Filter, Letter, Millis};
-use crate::routing::{Scratch, UNROUTED};
+use crate::routing::UNROUTED;
+use batch::Batch;
 
 /// How many a list has, unless it is asked for more.
 const LIST_LIMIT: usize = 100;
@@ -113,7 +113,7 @@ pub(super) struct Selection {
     limit: Option<usize>,
 }
 
-/// Where to, and how fast.
+/// Where to.
 #[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct ReplayTo {
@@ -144,6 +144,8 @@ pub(super) struct ReplayLetters {
     /// With a higher number.
     after: Option<i64>,
     /// With at most this number; or what `up_to` of an answer has, as it is.
+    #[serde(deserialize_with = "UpTo::optional")]
+    #[schema(value_type = Option<UpTo>)]
     up_to: Option<UpTo>,
     /// How many at most, up to 10,000; 1,000 without it.
     #[schema(minimum = 1, maximum = 10_000)]
@@ -186,7 +188,7 @@ pub(super) async fn list(
     let limit = limit(selection.limit, LIST_LIMIT)?;
     let up_to = selection.up_to(&operated).await?;
     let filter = selection.filter();
-    let mut letters = operated.letters(move |letters| letters.list(&filter, limit + 1)).await?;
+    let mut letters = operated.letters.read(move |letters| letters.list(&filter, limit + 1)).await?;
     let more = letters.len() > limit;
     letters.truncate(limit);
     let next = letters.last().map(|letter| letter.id).filter(|_| more);
@@ -310,7 +312,7 @@ pub(super) async fn discard_all(
 }
 
 async fn one(operated: &Operated, id: i64) -> Result<Letter, Problem> {
-    let letter = operated.letters(move |letters| letters.get(id)).await?;
+    let letter = operated.letters.read(move |letters| letters.get(id)).await?;
     letter.ok_or_else(|| gone(id))
 }
 
@@ -337,7 +339,7 @@ impl Rest {
         let filter = self.filter.clone();
         let found = match limit {
             0 => Vec::new(),
-            limit => operated.letters(move |letters| letters.list(&filter, limit)).await?,
+            limit => operated.letters.read(move |letters| letters.list(&filter, limit)).await?,
         };
         self.last = found.last().map(|letter| letter.id).or(self.last);
         Ok(found)
@@ -346,77 +348,8 @@ impl Rest {
     /// The last that was looked at, and how many there are after it.
     async fn left(&self, operated: &Operated) -> Result<(Option<i64>, u64), Problem> {
         let filter = Filter { after: self.last, ..self.filter.clone() };
-        Ok((self.last, operated.letters(move |letters| letters.count(&filter)).await?))
+        Ok((self.last, operated.letters.read(move |letters| letters.count(&filter)).await?))
     }
-}
-
-/// Dead letters on their way to lanes.
-#[derive(Default)]
-struct Batch {
-    /// By sink.
-    lanes: HashMap<String, Load>,
-    skipped: u64,
-}
-
-/// What one lane gets: letters that end here, and events that go to other sinks as well.
-#[derive(Default)]
-struct Load {
-    letters: Vec<(i64, Bytes)>,
-    events: Vec<(Position, Event)>,
-}
-
-impl Batch {
-    fn new(operated: &Operated, letters: Vec<Letter>, to: Option<&str>) -> Result<Self, Problem> {
-        let (mut batch, mut scratch) = (Self::default(), Scratch::default());
-        if let Some(to) = to {
-            operated.lane(to)?;
-        }
-        for letter in letters {
-            let targets = match (to, &*letter.sink) {
-                (Some(to), _) => vec![to.to_owned()],
-                (None, UNROUTED) => routed(operated, &letter, &mut scratch),
-                (None, sink) => operated.lane(sink).map(|_| sink.to_owned()).into_iter().collect(),
-            };
-            let Some((last, others)) = targets.split_last() else {
-                batch.skipped += 1;
-                continue;
-            };
-            for other in others {
-                if let Ok(event) = Event::decode(letter.record.clone()) {
-                    let position = Position::from_stored(letter.position);
-                    batch.lanes.entry(other.clone()).or_default().events.push((position, event));
-                }
-            }
-            batch.lanes.entry(last.clone()).or_default().letters.push((letter.id, letter.record));
-        }
-        Ok(batch)
-    }
-
-    /// Gives them to their lanes; how many there still were. A letter that goes to several sinks is gone when the last has it.
-    async fn send(self, operated: &Operated) -> Result<u64, Problem> {
-        for (sink, Load { events, .. }) in &self.lanes {
-            if !events.is_empty() {
-                operated.letters.resend(sink, &operated.lane(sink)?, events.clone()).await?;
-            }
-        }
-        let mut sent = 0;
-        for (sink, Load { letters, .. }) in self.lanes {
-            if !letters.is_empty() {
-                let lane = operated.lane(&sink)?;
-                operated.letters.has_room(&lane).await?;
-                sent += operated.letters.exhume(&sink, &lane, letters).await? as u64;
-            }
-        }
-        Ok(sent)
-    }
-}
-
-/// Where the rules now send an event that no route matched.
-fn routed(operated: &Operated, letter: &Letter, scratch: &mut Scratch) -> Vec<String> {
-    let Ok(event) = Event::decode(letter.record.clone()) else { return Vec::new() };
-    let table = operated.table();
-    let found = table.matches(&event, scratch).iter();
-    found.filter_map(|found| table.sinks().get(found.sink.0).cloned()).collect()
 }
 
 impl Selection {

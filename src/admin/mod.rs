@@ -53,7 +53,6 @@ use utoipa_axum::routes;
 use crate::ingress;
 use crate::journal::{self, Position};
 use crate::lane::{self, Controls};
-use crate::ledger::{self, LedgerError};
 use crate::routing::Table;
 use crate::rules::Rules;
 use crate::telemetry::Logs;
@@ -142,6 +141,8 @@ pub struct Operated {
     pub journal: journal::View,
     /// Where dead letters are.
     pub letters: Letters,
+    /// Held while dead letters go back to their sinks: one may go to several, and is gone when the last of them has it.
+    pub replaying: Mutex<()>,
     /// Held while rules are compared: that reads the whole journal, and has to wait its turn.
     pub comparing: Arc<Mutex<()>>,
     /// Why events would not be accepted, if so.
@@ -183,14 +184,6 @@ impl Operated {
     /// The routes that the relay runs by at present.
     fn table(&self) -> Arc<Table> {
         Arc::clone(&self.live.load().rules.table)
-    }
-
-    /// Reads dead letters, on a thread for blocking work.
-    async fn letters<T: Send + 'static>(
-        &self,
-        read: impl FnOnce(&ledger::Letters) -> Result<T, LedgerError> + Send + 'static,
-    ) -> Result<T, Problem> {
-        self.letters.read(read).await
     }
 }
 

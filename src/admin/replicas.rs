@@ -76,13 +76,13 @@ impl Cluster {
     pub(super) fn elsewhere(&self, sink: &str) -> Vec<SinkStatus> {
         let others = self.replicas().into_iter().filter(|replica| replica.id != self.id);
         let shares = others.flat_map(|replica| replica.sinks).map(|share| share.status);
-        shares.filter(|status| status.is_of(sink)).collect()
+        shares.filter(|status| status.name == sink).collect()
     }
 
     /// How many of so many partitions no replica says that it delivers a sink's events from.
     pub(super) fn unheld(&self, sink: &str, partitions: usize) -> usize {
         let shares = self.replicas().into_iter().flat_map(|replica| replica.sinks);
-        let of_sink = shares.filter(|share| share.status.is_of(sink));
+        let of_sink = shares.filter(|share| share.status.name == sink);
         let held = of_sink.flat_map(|share| share.partitions).collect::<HashSet<_>>().len();
         partitions.saturating_sub(held)
     }
@@ -157,7 +157,7 @@ async fn tell(operated: &Operated, cluster: &Cluster) -> Result<(), String> {
     let own = sinks::own(operated).await.map_err(|_| "a lane has just ended".to_owned())?;
     let live = operated.live.load_full();
     let partitions = |sink: &SinkStatus| {
-        let found = live.lanes.iter().find(|(name, _)| sink.is_of(name));
+        let found = live.lanes.iter().find(|(name, _)| sink.name == *name);
         found.map(|(_, controls)| controls.partitions()).unwrap_or_default()
     };
     let replica = Replica {

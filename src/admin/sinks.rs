@@ -53,8 +53,8 @@ struct IngressStatus {
 struct JournalStatus {
     /// `serving`, `full`, `away` (brokers take nothing) or `failed`.
     state: &'static str,
-    /// What its files take; 0 where it is not on this disk.
-    disk_bytes: u64,
+    /// What its files take; null where it is not on this disk.
+    disk_bytes: Option<u64>,
     /// How many events there ever were; on disk, the position that the next one gets. Where relays share a journal, with
     /// those that operators have sent again: they are in it once more.
     end: i64,
@@ -73,22 +73,22 @@ struct RulesStatus {
 /// A sink; where relays share a journal, on all of them.
 #[derive(Clone, Serialize, Deserialize, ToSchema)]
 pub(super) struct SinkStatus {
-    name: String,
+    pub(super) name: String,
     /// As it stands in `routes.toml`.
     #[serde(rename = "type")]
     kind: String,
     /// No attempts are begun, because an operator said so. Lasts until `resume` or the end of the process.
-    paused: bool,
+    pub(super) paused: bool,
     /// `closed`: deliveries are made. `open`: the sink has failed too often, and is only probed.
     breaker: String,
     /// Events after the cursor; not all of them are this sink's.
-    lag_events: u64,
+    pub(super) lag_events: u64,
     /// How old the oldest event is that was read and is neither delivered, parked nor dead.
     lag_seconds: f64,
     /// Attempts under way.
     in_flight: usize,
     /// Deliveries that wait for their next attempt.
-    parked: usize,
+    pub(super) parked: usize,
     /// Deliveries that will not be tried again.
     dead_letters: u64,
     /// Deliveries since the start.
@@ -99,7 +99,7 @@ pub(super) struct SinkStatus {
     rate: f64,
     /// How many partitions of the journal no relay delivers from at the moment, where relays share it: their events are
     /// not in the figures here. More than for some seconds, and `last_error` says why.
-    unheld_partitions: usize,
+    pub(super) unheld_partitions: usize,
     /// The last attempt that failed; or why a relay can't deliver at all.
     last_error: Option<LastError>,
 }
@@ -144,7 +144,7 @@ pub(super) async fn status(operated: &Operated) -> Result<Status, Problem> {
         Health::Away(_) => "away",
         Health::Failed(_) => "failed",
     };
-    let disk_bytes = operated.journal.files().map_or(0, |files| files.disk_bytes());
+    let disk_bytes = operated.journal.files().map(|files| files.disk_bytes());
     let end = i64::try_from(operated.journal.count()).unwrap_or(i64::MAX);
     let uptime = SystemTime::now().duration_since(operated.started).unwrap_or_default();
     Ok(Status {
@@ -248,34 +248,10 @@ async fn here(operated: &Operated, dead_letters: &HashMap<String, u64>) -> Resul
 }
 
 pub(super) async fn dead_letters(operated: &Operated) -> Result<HashMap<String, u64>, Problem> {
-    operated.letters(|letters| letters.counts()).await
+    operated.letters.read(|letters| letters.counts()).await
 }
 
 impl SinkStatus {
-    pub(super) fn is_of(&self, sink: &str) -> bool {
-        self.name == sink
-    }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub(super) fn lag_events(&self) -> u64 {
-        self.lag_events
-    }
-
-    pub(super) fn unheld_partitions(&self) -> usize {
-        self.unheld_partitions
-    }
-
-    pub(super) fn parked(&self) -> usize {
-        self.parked
-    }
-
-    pub(super) fn is_paused(&self) -> bool {
-        self.paused
-    }
-
     /// With what other replicas do, and none of them.
     fn everywhere(self, operated: &Operated) -> Self {
         let Some(cluster) = &operated.cluster else { return self };

@@ -20,7 +20,7 @@ pub(super) enum UpTo {
 impl UpTo {
     /// What there is now of what the filter lets through.
     pub(super) async fn now(operated: &Operated, filter: Filter) -> Result<Self, Problem> {
-        let ends = operated.letters(move |letters| letters.ends(&filter)).await?;
+        let ends = operated.letters.read(move |letters| letters.ends(&filter)).await?;
         Ok(match operated.cluster {
             None => Self::Number(ends.into_iter().max().unwrap_or(0)),
             Some(_) => Self::Each(ends),

@@ -31,22 +31,20 @@ pub(super) struct Refused(String);
 
 impl Api {
     pub(super) fn new(global: &Global) -> anyhow::Result<Self> {
-        let (config, _) = global.settings()?;
-        let base = match &global.admin {
-            Some(url) => url.clone(),
+        let settings = || global.settings().map(|(config, _)| config.admin);
+        let token = global.admin_token.clone();
+        let (base, token) = match &global.admin {
+            // Settings that can't be used keep nobody from a relay that runs.
+            Some(url) => (url.clone(), token.or_else(|| settings().ok()?.token)),
             None => {
-                let mut address = config.admin.listen;
-                if address.ip().is_unspecified() {
-                    address.set_ip([127, 0, 0, 1].into());
-                }
-                let scheme = if config.admin.tls.is_some() { "https" } else { "http" };
-                format!("{scheme}://{address}")
+                let admin = settings()?;
+                (super::url(admin.listen, admin.tls.is_some()), token.or(admin.token))
             }
         };
         let base = Url::parse(&base).with_context(|| format!("--admin {base:?} is not a URL"))?;
         let client = super::client(global.admin_ca.as_deref(), global.admin_cert.as_deref())?.build()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { runtime, client, timeout: TIMEOUT, base, token: global.admin_token.clone().or(config.admin.token) })
+        Ok(Self { runtime, client, timeout: TIMEOUT, base, token })
     }
 
     /// With another time that answers may take.

@@ -1,4 +1,4 @@
-//! `engage-relay drain`: waits until a running relay has delivered everything.
+//! `engage-relay drain`: waits until a running relay has nothing left to deliver.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -39,7 +39,7 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
     progress.finish_and_clear();
     print(&match (global.json, is_drained(&answer)) {
         (true, _) => format!("{answer}\n"),
-        (false, true) => "drained: everything that was accepted is delivered\n".to_owned(),
+        (false, true) => drained(&answer),
         (false, false) => remaining(&answer),
     })?;
     Ok(if is_drained(&answer) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -47,6 +47,14 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> anyhow::Result<Exit
 
 fn is_drained(answer: &Value) -> bool {
     answer.get("drained") == Some(&Value::Bool(true))
+}
+
+fn drained(answer: &Value) -> String {
+    let dead = match number(answer, "dead_letters") {
+        0 => String::new(),
+        dead => format!("; it keeps {dead} dead letters: replay or discard them before its disk is taken away"),
+    };
+    format!("drained: nothing is left to deliver{dead}\n")
 }
 
 /// The sinks that have something left.

@@ -16,6 +16,7 @@ mod send;
 mod status;
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -53,7 +54,7 @@ struct Global {
     /// The file with the rules; overrides the setting `routes` [default: routes.toml]
     #[arg(long, global = true, value_name = "FILE")]
     routes: Option<PathBuf>,
-    /// Where the running relay's admin side is [default: this machine, at the port of the settings]
+    /// Where the running relay's admin side is [default: what the settings say]
     #[arg(long, global = true, value_name = "URL")]
     admin: Option<String>,
     /// The token of the admin side [default: that of the settings]
@@ -186,6 +187,14 @@ impl Global {
     fn rules(&self, config: &Config) -> Result<(Rules, Vec<Problem>), RulesError> {
         Rules::load(&config.routes, &Environment)
     }
+}
+
+/// Where a listener of this machine is reached.
+fn url(mut listener: SocketAddr, has_tls: bool) -> String {
+    if listener.ip().is_unspecified() {
+        listener.set_ip([127, 0, 0, 1].into());
+    }
+    format!("{}://{listener}", if has_tls { "https" } else { "http" })
 }
 
 /// A client that speaks HTTP to the relay and to no proxy. Each file is PEM: with `ca` those authorities are trusted and no

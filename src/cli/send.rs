@@ -43,7 +43,7 @@ pub(super) struct Arguments {
     /// How many events a second; without it, as fast as they are answered
     #[arg(long, value_parser = rate)]
     rate: Option<f64>,
-    /// Where to [default: this machine, at the port and path of the settings]
+    /// Where to [default: what the settings say]
     #[arg(long)]
     url: Option<String>,
     /// The token [default: the first of the settings, or the one that the relay made up, or none]
@@ -106,10 +106,10 @@ struct Tally {
 
 impl Sender {
     fn new(arguments: &Arguments, config: &Config) -> anyhow::Result<Self> {
-        let url = arguments.url.clone().unwrap_or_else(|| {
-            let scheme = if config.ingress.tls.is_some() { "https" } else { "http" };
-            format!("{scheme}://127.0.0.1:{}{}", config.ingress.listen.port(), config.ingress.path)
-        });
+        let url = arguments
+            .url
+            .clone()
+            .unwrap_or_else(|| super::url(config.ingress.listen, config.ingress.tls.is_some()) + &config.ingress.path);
         let url = url.parse().with_context(|| format!("--url {url:?} is not a URL"))?;
         let acked = arguments
             .acked

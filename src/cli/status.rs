@@ -61,12 +61,13 @@ fn show(status: &Value) -> String {
         reason => format!("NOT accepting: {}", plain(reason)),
     };
     let journal = status.get("journal").unwrap_or(&Value::Null);
+    let files = journal.get("disk_bytes").and_then(Value::as_u64);
     let mut shown = format!(
-        "engage-relay {}, up since {}, {ready}; {} events so far, journal of {}\n\n",
+        "engage-relay {}, up since {}, {ready}; {} events so far{}\n\n",
         text(status, "version"),
         text(status, "started_at"),
         number(journal, "end"),
-        ByteSize(number(journal, "disk_bytes")),
+        files.map(|bytes| format!(", journal of {}", ByteSize(bytes))).unwrap_or_default(),
     );
     let known = elements(status, "sinks");
     shown += &sinks(known);

@@ -4,6 +4,7 @@ use bytesize::ByteSize;
 
 use super::*;
 use crate::ingress::AuthConfig;
+use crate::signature;
 
 struct Sample;
 
@@ -117,8 +118,8 @@ fn a_variable_is_text_where_its_setting_is() {
             [("RELAY_INGRESS__SIGNATURE__SCHEME", "hub-sha256"), ("RELAY_INGRESS__SIGNATURE__SECRET", text)];
         good("", &variables).ingress.signature.unwrap().secret
     };
-    assert!(matches!(secret("123"), ingress::OneOrMore::One(one) if one == "123"));
-    assert!(matches!(secret("[\"a\", \"b\"]"), ingress::OneOrMore::More(more) if more == ["a", "b"]));
+    assert!(matches!(secret("123"), signature::OneOrMore::One(one) if one == "123"));
+    assert!(matches!(secret("[\"a\", \"b\"]"), signature::OneOrMore::More(more) if more == ["a", "b"]));
     let sizes = [("RELAY_INGRESS__MAX_BODY", "65536"), ("RELAY_TELEMETRY__TRACE_SAMPLE", "1")];
     assert_eq!(good("", &sizes).ingress.max_body, ByteSize::kib(64));
     let whole = [("RELAY_INGRESS__AUTH", "{ header = \"x-a\" }"), ("RELAY_INGRESS__AUTH__HEADER", "x-b")];

@@ -1,7 +1,10 @@
 //! References in text: `${NAME}`, `${NAME:-default}` and `${file:PATH}`.
 
-use std::fs::File;
-use std::io::{Error, ErrorKind, Read, Result as IoResult};
+use std::fs::{File, metadata};
+use std::io::{BufRead as _, BufReader, Error, ErrorKind, Read as _, Result as IoResult};
+use std::path::Path;
+
+use sha2::{Digest as _, Sha256};
 
 /// What `${NAME}` and `${file:PATH}` are looked up in; tests pass their own.
 pub trait Lookup {
@@ -13,13 +16,17 @@ pub trait Lookup {
     ///
     /// When it cannot be read or is not UTF-8.
     fn file(&self, path: &str) -> IoResult<String>;
+    /// A digest of a file's content, whatever that is; none where it can't be read, or nobody looks.
+    fn digest(&self, _path: &Path) -> Option<[u8; 32]> {
+        None
+    }
 }
 
 /// The environment variables of this process, and files up to 1 MiB, relative to its working directory.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Environment;
 
-/// Secrets are small; more is a mistake, such as a device or a log file.
+/// Secrets are small; more is a mistake, such as a log file.
 const MAX_FILE: u64 = 1024 * 1024;
 
 impl Lookup for Environment {
@@ -29,12 +36,32 @@ impl Lookup for Environment {
 
     fn file(&self, path: &str) -> IoResult<String> {
         let mut content = String::new();
-        let length = File::open(path)?.take(MAX_FILE + 1).read_to_string(&mut content)?;
+        let length = open(path.as_ref())?.take(MAX_FILE + 1).read_to_string(&mut content)?;
         if length as u64 > MAX_FILE {
             return Err(Error::new(ErrorKind::FileTooLarge, "it is larger than 1 MiB"));
         }
         Ok(content)
     }
+
+    fn digest(&self, path: &Path) -> Option<[u8; 32]> {
+        let (mut file, mut digest) = (BufReader::new(open(path).ok()?), Sha256::new());
+        while let part = file.fill_buf().ok()?
+            && !part.is_empty()
+        {
+            digest.update(part);
+            let len = part.len();
+            file.consume(len);
+        }
+        Some(digest.finalize().into())
+    }
+}
+
+/// Opens what has an end, and gives it at once: a pipe may do neither.
+fn open(path: &Path) -> IoResult<File> {
+    if !metadata(path)?.is_file() {
+        return Err(Error::new(ErrorKind::InvalidInput, "it is not a regular file"));
+    }
+    File::open(path)
 }
 
 /// A part of a text with references.

@@ -167,7 +167,7 @@ fn line_end(text: &str, at: usize) -> usize {
 
 /// The text with spaces in the range, byte for byte, and the same lines.
 fn blanked(text: &str, range: &Range<usize>) -> String {
-    let blank = |byte: u8| if matches!(byte, b'\n' | b'\r') { char::from(byte) } else { ' ' };
+    let blank = |byte: u8| if byte == b'\n' { '\n' } else { ' ' };
     let (before, rest) = text.split_at_checked(range.start).unwrap_or((text, ""));
     let (statement, after) = rest.split_at_checked(range.len()).unwrap_or((rest, ""));
     before.chars().chain(statement.bytes().map(blank)).chain(after.chars()).collect()

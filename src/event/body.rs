@@ -4,13 +4,16 @@ use std::borrow::Cow;
 use std::fmt;
 use std::time::SystemTime;
 
-use serde::Deserialize as _;
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
 use super::{ABSENT, EventId, Field, HEAD, Span, TRACEPARENT_LEN, VERSION};
 use crate::pointer::text;
+
+/// The most events of one body: in memory each takes a multiple of the few bytes that it may have.
+pub const MAX_EVENTS: usize = 100_000;
 
 /// An event of a request body, before it is stored.
 #[derive(Debug)]
@@ -35,17 +38,55 @@ pub fn parse(body: &[u8]) -> Result<Vec<Parsed<'_>>, BodyError> {
     let body = std::str::from_utf8(body).map_err(|_| BodyError::NotUtf8)?;
     match body.trim_ascii_start().as_bytes().first() {
         Some(b'[') => {
-            let elements: Vec<&RawValue> = serde_json::from_str(body)?;
-            if elements.is_empty() {
-                return Err(BodyError::EmptyArray);
+            let Elements { first, count } = serde_json::from_str(body)?;
+            match count {
+                0 => Err(BodyError::EmptyArray),
+                1..=MAX_EVENTS => first.into_iter().map(|element| Parsed::object(element.get())).collect(),
+                _ => Err(BodyError::TooMany),
             }
-            elements.into_iter().map(|element| Parsed::object(element.get())).collect()
         }
         Some(b'{') => Ok(vec![Parsed::object(body)?]),
         Some(_) => {
             serde_json::from_str::<&RawValue>(body).map_or_else(|e| Err(e.into()), |_| Err(BodyError::NotObject))
         }
         None => Err(BodyError::Empty),
+    }
+}
+
+/// The elements of an array, as far as they are taken, and how many there are.
+struct Elements<'a> {
+    first: Vec<&'a RawValue>,
+    count: usize,
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Elements<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Counted;
+
+        impl<'de> Visitor<'de> for Counted {
+            type Value = Elements<'de>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut array: A) -> Result<Self::Value, A::Error> {
+                let mut elements = Elements { first: Vec::new(), count: 0 };
+                while elements.count < MAX_EVENTS
+                    && let Some(element) = array.next_element()?
+                {
+                    elements.first.push(element);
+                    elements.count += 1;
+                }
+                // What is beyond that is checked for syntax only.
+                while elements.count >= MAX_EVENTS && array.next_element::<IgnoredAny>()?.is_some() {
+                    elements.count += 1;
+                }
+                Ok(elements)
+            }
+        }
+
+        deserializer.deserialize_seq(Counted)
     }
 }
 
@@ -77,7 +118,9 @@ impl<'a> Parsed<'a> {
             digest.update((text.len() as u64).to_be_bytes());
             digest.update(text.as_bytes());
         };
-        if let (Some(message), Some(status)) = (self.field(Field::MessageId), self.field(Field::Status)) {
+        // An empty one says nothing of which message it is.
+        let given = |field| self.field(field).filter(|value| !value.is_empty());
+        if let (Some(message), Some(status)) = (given(Field::MessageId), given(Field::Status)) {
             part(self.field(Field::SenderId).unwrap_or_default());
             part(message);
             part(status);
@@ -304,6 +347,9 @@ pub enum BodyError {
     /// An array without events.
     #[error("the array is empty; send at least one event")]
     EmptyArray,
+    /// An array of more than [`MAX_EVENTS`].
+    #[error("the array has more than {MAX_EVENTS} events; send fewer at once")]
+    TooMany,
 }
 
 impl From<serde_json::Error> for BodyError {

@@ -151,6 +151,10 @@ fn refuses_bodies() {
     check(b"{\"a\":\"\xff\"}", "the body is not UTF-8");
     check(b"[]", "the array is empty");
     check(b" [ ] ", "the array is empty");
+    let many = |count: usize| format!("[{}{{}}]", "{},".repeat(count - 1));
+    assert_eq!(parse(many(MAX_EVENTS).as_bytes()).unwrap().len(), MAX_EVENTS);
+    check(many(MAX_EVENTS + 1).as_bytes(), "the array has more than 100000 events");
+    check(many(MAX_EVENTS + 1).replace("{}]", "{]").as_bytes(), "the body is not JSON: ");
     for scalar in ["1", "\"text\"", "null", "true", "[1]", "[{},null]", "[{},[{}]]"] {
         check(scalar.as_bytes(), "an event is a JSON object");
     }

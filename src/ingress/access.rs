@@ -186,7 +186,7 @@ mod tests {
             assert_eq!(Access::new(&config, dir.path()).unwrap().0.wanted(), expected);
         };
         let signature = || {
-            let secret = super::super::OneOrMore::One("secret".to_owned());
+            let secret = crate::signature::OneOrMore::One("secret".to_owned());
             Some(SignatureConfig { scheme: Scheme::HubSha256, secret, header: None })
         };
         let token = "the header x-auth-token with the token that this relay is configured with";

@@ -21,7 +21,7 @@ const NO_TOKEN: &str = "none";
 const MADE_UP: &str = "generated";
 
 /// The `ingress.auth` setting: `"none"`, or a table.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum AuthConfig {
     /// Anyone may send. Has to be written out: `auth = "none"`.
     None,
@@ -35,7 +35,7 @@ pub enum AuthConfig {
 }
 
 /// A token and what it is called in metrics and rules.
-#[derive(Clone, Deserialize)]
+#[derive(Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenConfig {
     /// Its name.

@@ -266,8 +266,7 @@ fn service(
         let (handler, peer) = (Arc::clone(&answering.handler), answering.peer);
         async move {
             let response = handler.handle(&mut request, peer).await;
-            handler.drain(request, response.status());
-            drop(busy);
+            handler.drain(request, response.status(), busy);
             Ok(response)
         }
     })

@@ -25,7 +25,7 @@ pub(super) struct Dedup {
 #[derive(Default)]
 struct Ids {
     seen: HashMap<EventId, Seen>,
-    /// When each was seen, oldest first.
+    /// When each that is stored was seen, oldest first.
     order: VecDeque<(Instant, EventId)>,
 }
 
@@ -86,7 +86,6 @@ impl Dedup {
                 let is_new = !ids.seen.contains_key(id);
                 if is_new {
                     ids.seen.insert(*id, Seen { at: now, stored: false });
-                    ids.order.push_back((now, *id));
                 }
                 is_new
             })
@@ -98,12 +97,13 @@ impl Dedup {
 
     /// What was claimed is durable, or was not stored.
     pub(super) fn settle(&self, claimed: &[EventId], stored: bool) {
-        let mut ids = self.lock();
+        let Ids { seen, order } = &mut *self.lock();
         for id in claimed {
-            if stored {
-                ids.seen.entry(*id).and_modify(|seen| seen.stored = true);
-            } else {
-                ids.seen.remove(id);
+            if !stored {
+                seen.remove(id);
+            } else if let Some(seen) = seen.get_mut(id) {
+                seen.stored = true;
+                order.push_back((seen.at, *id));
             }
         }
     }
@@ -169,5 +169,11 @@ mod tests {
         assert!(!claim(3) && !claim(1), "three are remembered");
         assert!(claim(0), "the fourth is not");
         assert!(dedup.lock().seen.len() <= 4);
+        dedup.settle(&[id(0)], true);
+        for _ in 0..10 {
+            assert!(claim(9));
+            dedup.settle(&[id(9)], false);
+        }
+        assert!(!claim(3), "what was not stored takes nobody's place");
     }
 }

@@ -83,8 +83,14 @@ impl Handler {
     /// Borrows the request, since it is large, and each future that owned it would be larger by twice as much.
     pub(super) async fn handle(&self, request: &mut Request<Incoming>, peer: IpAddr) -> Response<Full<Bytes>> {
         let begun = Instant::now();
+        // Over HTTP/1.1 hyper counts them. The span adds one of its own.
+        let has_too_many = request.headers().len() > MAX_HEADERS;
         let span = self.traces.as_ref().map(|traces| Box::new(self.span(traces, request)));
-        let response = match self.accept(request, peer).await {
+        let accepted = match has_too_many {
+            true => Err(Refusal::TooManyHeaders),
+            false => self.accept(request, peer).await,
+        };
+        let response = match accepted {
             Ok(response) => {
                 self.metrics.acknowledged(begun.elapsed());
                 response
@@ -127,7 +133,7 @@ impl Handler {
         let begin = begin
             .with("http.request.method", method)
             .with("url.path", path)
-            .with("url.scheme", "http")
+            .with("url.scheme", if self.gate.load().tls().is_some() { "https" } else { "http" })
             .with("network.protocol.version", version);
         let sender = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
         let span = traces.span(begin, sender);
@@ -253,10 +259,6 @@ impl Handler {
     /// What can be said before the body is read; the name of the sender's token.
     fn check<'a>(&self, access: &'a Access, request: &Request<Incoming>, peer: IpAddr) -> Result<&'a str, Refusal> {
         let headers = request.headers();
-        // Over HTTP/1.1 hyper counts them.
-        if headers.len() > MAX_HEADERS {
-            return Err(Refusal::TooManyHeaders);
-        }
         if !access.allows(peer, headers) {
             return Err(Refusal::Forbidden);
         }
@@ -276,7 +278,9 @@ impl Handler {
 
     /// Reads what is left of the body of a request that was refused, within limits: a connection that is closed with
     /// unread bytes on it is reset, and the sender may never see the answer.
-    pub(super) fn drain(&self, request: Request<Incoming>, answer: StatusCode) {
+    ///
+    /// `busy` says for as long that what comes is no other request.
+    pub(super) fn drain(&self, request: Request<Incoming>, answer: StatusCode, busy: impl Send + 'static) {
         // Nothing is left of what was handed to the journal; who is too slow is waited for no longer; and whoever waits to
         // be told to go on sends nothing after a refusal.
         let is_over = answer.is_success() || answer.is_server_error() || answer == StatusCode::REQUEST_TIMEOUT;
@@ -292,6 +296,7 @@ impl Handler {
             {
                 read += frame.data_ref().map_or(0, |data| data.len() as u64);
             }
+            drop(busy);
         }));
     }
 }
@@ -328,9 +333,9 @@ impl Storing {
 
 /// The events of a body.
 fn parse<'b>(content: &'b [u8], headers: &HeaderMap) -> Result<Vec<Parsed<'b>>, Refusal> {
-    event::parse(content).map_err(|error| match headers.contains_key(CONTENT_ENCODING) {
-        true => Refusal::Encoded,
-        false => error.into(),
+    event::parse(content).map_err(|error| match error {
+        BodyError::NotUtf8 | BodyError::NotJson(_) if headers.contains_key(CONTENT_ENCODING) => Refusal::Encoded,
+        error => error.into(),
     })
 }
 
@@ -396,6 +401,7 @@ impl Refusal {
             Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
             Self::TooLarge | Self::Journal(AppendError::TooLarge { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyError::TooMany) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Aborted | Self::Body(_) | Self::Encoded => StatusCode::BAD_REQUEST,
             Self::Journal(
                 AppendError::Full(_)

@@ -22,7 +22,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytesize::ByteSize;
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
@@ -30,15 +30,15 @@ use prometheus::IntGauge;
 use serde::Deserialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tracing::warn;
+use tracing::{debug, warn};
 
 pub use access::{Access, AccessError, Gate};
 pub use auth::{AuthConfig, AuthError, TokenConfig, generated_token_path, problem_of_token};
 pub use metrics::Metrics;
-pub use signed::{OneOrMore, Scheme, SignatureConfig, Signed};
+pub use signed::{Scheme, SignatureConfig, Signed};
 
 use crate::journal::{Appender, Start, View};
-use crate::telemetry::Traces;
+use crate::telemetry::{Throttle, Traces};
 use crate::tls;
 use connection::Limits;
 use dedup::Dedup;
@@ -71,7 +71,7 @@ const MAX_TIME: Duration = Duration::from_hours(7 * 24);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The `[ingress]` settings.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Address and port.
@@ -260,12 +260,18 @@ impl Ingress {
 
     /// Accepts connections until dropped. Runs for ever.
     pub async fn accept(&self, listener: TcpListener) {
+        let mut warnings = Throttle::default();
         loop {
             let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return };
             match listener.accept().await.and_then(|(stream, peer)| Ok((stream.into_std()?, peer.ip()))) {
                 Ok((stream, peer)) => self.hand_over(stream, peer, permit).await,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {
+                    debug!(%error, "a connection ended before it was accepted");
+                }
                 Err(error) => {
-                    warn!(%error, "a connection could not be accepted");
+                    if let Some(suppressed) = warnings.admit(Instant::now()) {
+                        warn!(%error, suppressed, "a connection could not be accepted");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use http::HeaderMap;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 /// The header in which each proxy notes whom it has the request from, at the end.
 const FORWARDED_FOR: &str = "x-forwarded-for";
@@ -62,10 +62,20 @@ fn address(text: &str) -> Option<IpAddr> {
     address.ok().map(|address: IpAddr| address.to_canonical())
 }
 
+/// Addresses of IPv4 that are written as those of IPv6 are looked at as what they are; so are networks of them.
+fn canonical(network: IpNet) -> IpNet {
+    let mapped = match network {
+        IpNet::V6(network) => network.addr().to_ipv4_mapped().zip(network.prefix_len().checked_sub(96)),
+        IpNet::V4(_) => None,
+    };
+    mapped.and_then(|(address, len)| Ipv4Net::new(address, len).ok()).map_or(network, IpNet::V4)
+}
+
 /// Those that are some, and a problem for each of the others.
 fn networks(setting: &str, texts: &[String], problems: &mut Vec<String>) -> Vec<IpNet> {
     let network = |text: &String| {
-        let network = text.parse().or_else(|_| text.parse().map(|address: IpAddr| address.to_canonical().into()));
+        let network = text.parse().map(canonical);
+        let network = network.or_else(|_| text.parse().map(|address: IpAddr| address.to_canonical().into()));
         let problem =
             || format!("ingress.{setting}: {text:?} is neither an address nor a network such as \"10.0.0.0/8\"");
         network.map_err(|_| problems.push(problem())).ok()
@@ -84,7 +94,8 @@ mod tests {
 
     #[test]
     fn who_may_send() {
-        let origins = origins(&["203.0.113.0/24", "2001:db8::7", "10.9.9.9"], &["10.0.0.0/8", "::1"]).unwrap();
+        let allowed = ["203.0.113.0/24", "2001:db8::7", "10.9.9.9", "::ffff:192.0.2.0/120"];
+        let origins = origins(&allowed, &["10.0.0.0/8", "::1"]).unwrap();
         let check = |peer: &str, lines: &[&str], expected: bool| {
             let headers =
                 lines.iter().map(|line| (http::HeaderName::from_static(FORWARDED_FOR), line.parse().unwrap()));
@@ -92,6 +103,8 @@ mod tests {
         };
         check("203.0.113.9", &[], true);
         check("::ffff:203.0.113.9", &[], true);
+        check("192.0.2.255", &[], true);
+        check("192.0.3.0", &[], false);
         check("2001:db8::7", &[], true);
         check("2001:db8::8", &[], false);
         check("198.51.100.1", &[], false);

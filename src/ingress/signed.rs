@@ -1,13 +1,13 @@
 //! Signatures of senders: whether a body is what somebody wrote who has the secret.
 
 use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderName};
 use serde::Deserialize;
 use subtle::{Choice, ConstantTimeEq as _};
 
-use crate::signature::Key;
+use crate::signature::{Key, OneOrMore, unix_seconds};
 
 /// How far a signed time may be from ours, as the libraries of Standard Webhooks have it.
 const TOLERANCE: Duration = Duration::from_secs(5 * 60);
@@ -15,7 +15,7 @@ const ID: HeaderName = HeaderName::from_static("webhook-id");
 const TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
 
 /// The `ingress.signature` setting.
-#[derive(Clone, Deserialize)]
+#[derive(Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SignatureConfig {
     /// What is signed, and how it is written.
@@ -34,16 +34,6 @@ pub enum Scheme {
     HubSha256,
     /// Standard Webhooks 1.0: of the webhook's id, its time and the body.
     StandardWebhooks,
-}
-
-/// A text, or a list of them.
-#[derive(Clone, Deserialize)]
-#[serde(untagged, expecting = "should be text, or a list of texts")]
-pub enum OneOrMore {
-    /// The text.
-    One(String),
-    /// The list.
-    More(Vec<String>),
 }
 
 impl fmt::Debug for SignatureConfig {
@@ -160,10 +150,6 @@ fn is_current(timestamp: &str, now: SystemTime) -> bool {
     timestamp.parse::<u64>().is_ok_and(|timestamp| timestamp.abs_diff(unix_seconds(now)) <= TOLERANCE.as_secs())
 }
 
-fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,7 +173,7 @@ mod tests {
         let check = |value: &str, body: &[u8], expected| {
             let headers = headers(&[("x-hub-signature-256", value)]);
             assert!(signed.is_complete(&headers));
-            assert_eq!(signed.verify(&headers, body, UNIX_EPOCH), expected, "{value}");
+            assert_eq!(signed.verify(&headers, body, SystemTime::UNIX_EPOCH), expected, "{value}");
         };
         let good = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17";
         check(good, b"Hello, World!", true);
@@ -197,7 +183,7 @@ mod tests {
             check(wrong, b"Hello, World!", false);
         }
         let missing = headers(&[("x-hub-signature", good)]);
-        assert!(!signed.is_complete(&missing) && !signed.verify(&missing, b"Hello, World!", UNIX_EPOCH));
+        assert!(!signed.is_complete(&missing) && !signed.verify(&missing, b"Hello, World!", SystemTime::UNIX_EPOCH));
     }
 
     #[test]
@@ -207,7 +193,8 @@ mod tests {
         const GOOD: &str = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=";
         let check = |secrets: &[&str], pairs: &[(&str, &str)], after_seconds: i64, expected: bool| {
             let signed = Signed::new(&config(Scheme::StandardWebhooks, secrets)).unwrap();
-            let now = UNIX_EPOCH + Duration::from_secs(1_614_265_330_u64.checked_add_signed(after_seconds).unwrap());
+            let now = SystemTime::UNIX_EPOCH
+                + Duration::from_secs(1_614_265_330_u64.checked_add_signed(after_seconds).unwrap());
             assert_eq!(signed.verify(&headers(pairs), BODY, now), expected, "{pairs:?} {after_seconds}");
         };
         fn signature(value: &str) -> (&str, &str) {

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{Durability, disk, kafka};
 
 /// The settings as they are written. Each kind has its own.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Where it is kept.

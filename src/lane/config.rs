@@ -191,10 +191,10 @@ pub enum OrderBy {
 }
 
 impl OrderBy {
-    /// What the event is ordered by.
+    /// What the event is ordered by. An empty field is none: unrelated events would wait for each other.
     pub(super) fn value(self, event: &Event) -> Option<&str> {
         match self {
-            Self::Field(field) => event.field(field),
+            Self::Field(field) => event.field(field).filter(|value| !value.is_empty()),
             Self::None => None,
         }
     }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use prometheus::core::Collector as _;
+use prometheus::proto::{LabelPair, MetricFamily};
 use prometheus::{Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry};
 
 /// Upper bounds in seconds.
@@ -78,6 +80,14 @@ impl Metrics {
             drop(self.attempts.remove_label_values(&[sink, result]));
         }
         drop(self.attempt_seconds.remove_label_values(&[sink]));
+        // Routes may have gone with it, so that they are not known by their rules.
+        let families = self.routed.collect();
+        for metric in families.iter().flat_map(MetricFamily::get_metric) {
+            let label = |name| metric.get_label().iter().find(|label| label.name() == name).map(LabelPair::value);
+            if label("sink") == Some(sink) {
+                drop(self.routed.remove_label_values(&[sink, label("route").unwrap_or_default()]));
+            }
+        }
     }
 
     /// What counts the events that no route matches.

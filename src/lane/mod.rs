@@ -32,7 +32,6 @@ mod retry;
 mod source;
 mod storage;
 mod unrouted;
-mod warnings;
 mod window;
 
 use std::collections::VecDeque;
@@ -54,12 +53,12 @@ pub use delivery::{unreadable as unreadable_letter, unrouted as unrouted_letter}
 pub use metrics::Metrics;
 pub use retry::{Retry, Waits};
 pub use unrouted::Unrouted;
-pub use warnings::Throttle;
 
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
 use crate::ledger::{self, Account, Change, Millis, ParkedRow};
 use crate::sink::{Attempt, DeliveryError, Sink};
+use crate::telemetry::Throttle;
 use breaker::Breaker;
 use control::{Hold, Taken};
 use course::Route;

@@ -10,11 +10,11 @@ use tracing::{error, warn};
 
 use super::control::{self, Command, Control, Hold};
 use super::source::{Batch, Filter, Found, Source};
-use super::warnings::Throttle;
 use super::{Beginning, Course, Metrics, Phase, Remains, SETTLE_INTERVAL, STORAGE_PAUSE, delivery};
 use crate::journal::{Position, ReadError};
 use crate::ledger::{Account, Change, Progress};
 use crate::routing::UNROUTED;
+use crate::telemetry::Throttle;
 
 /// The lane of the reserved sink.
 pub struct Unrouted {

@@ -9,9 +9,10 @@ use tracing::{error, warn};
 use crate::event::{Event, Field};
 use crate::journal::Position;
 use crate::journal::kafka::{Address, Addressing, Aside, Config, KeyBy};
-use crate::lane::{Metrics, Throttle, unreadable_letter, unrouted_letter};
+use crate::lane::{Metrics, unreadable_letter, unrouted_letter};
 use crate::ledger::{DeadLetter, shared};
 use crate::routing::{Scratch, Table, UNROUTED};
+use crate::telemetry::Throttle;
 
 /// What is said about an event where it is parked or dead: its status, and what it is ordered by.
 const SAID: [Field; 4] = [Field::Status, Field::MessageId, Field::RecipientId, Field::SenderId];
@@ -42,7 +43,8 @@ impl ByRules {
 
     /// A message's events stay together in any case.
     fn key_of(&self, event: &Event) -> Option<String> {
-        event.field(self.key).or_else(|| event.field(Field::MessageId)).map(str::to_owned)
+        let given = |field| event.field(field).filter(|value| !value.is_empty());
+        given(self.key).or_else(|| given(Field::MessageId)).map(str::to_owned)
     }
 
     fn unrouted(&self, event: &Event) -> Option<Aside> {

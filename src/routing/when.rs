@@ -36,7 +36,11 @@ impl When {
     ///
     /// All that is wrong with them.
     pub fn from_json(when: &Map<String, Value>) -> Result<Self, String> {
-        Self::compile(&inline(when))
+        match when.values().any(has_fraction) {
+            // How it was written is lost by now, and that is what it is compared by.
+            true => Err("a number with a fraction or an exponent has to be in quotes".to_owned()),
+            false => Self::compile(&inline(when)),
+        }
     }
 
     fn compile(inline: &str) -> Result<Self, String> {
@@ -57,6 +61,15 @@ impl When {
     pub fn holds(&self, event: &Event) -> bool {
         let values = Values::new(event, &self.subjects);
         self.conditions.iter().all(|condition| condition.holds(&values))
+    }
+}
+
+fn has_fraction(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => number.is_f64(),
+        Value::Array(values) => values.iter().any(has_fraction),
+        Value::Object(table) => table.values().any(has_fraction),
+        Value::Null | Value::Bool(_) | Value::String(_) => false,
     }
 }
 
@@ -125,6 +138,7 @@ mod tests {
         check(r#"{"staus":"error"}"#, "did you mean `status`?");
         check(r#"{"status":null}"#, "an empty table is no condition");
         check(r#"{"status":{"regex":"("}}"#, "the regex is not valid");
+        check(r#"{"/n":{"not_in":[1,1.50]}}"#, "has to be in quotes");
         check(r#"{"status":"${HOME}"}"#, "HOME");
         check(r#"{"status\u0000\n":"x"}"#, "unknown field");
         assert!(When::compile("{ status = }").is_err());

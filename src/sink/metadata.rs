@@ -5,16 +5,17 @@
 //! id has no `subject`; and where `event_timestamp` is no number of seconds, `time` is the time of receipt.
 
 use std::borrow::Cow;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode};
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde::Deserialize;
 
 use super::Attempt;
 use crate::document::{Key, Section};
 use crate::event::{Event, Field};
+use crate::signature::unix_seconds;
 use crate::telemetry::Begin;
-use crate::template::Template;
+use crate::template::{ALL_BUT_UNRESERVED, Template};
 
 /// Media type of every body.
 pub(super) const CONTENT_TYPE: &str = "application/json";
@@ -54,8 +55,6 @@ const RESERVED: [&str; 7] = [
 
 /// What the CloudEvents HTTP binding encodes: all but printable ASCII, and of that space, `"` and `%`.
 const CE_ENCODED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
-/// What a URI path segment need not encode: RFC 3986 unreserved.
-const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 impl Binding {
     fn prefix(self) -> &'static str {
@@ -112,11 +111,6 @@ pub(super) fn begin(system: &'static str, destination: String, event: &Event) ->
         .with("messaging.message.id", event.id().to_string())
 }
 
-/// Seconds since 1970, rounded down.
-pub(super) fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
 /// Reads `format`.
 pub(super) fn read_format(section: &mut Section<'_>) -> Format {
     section.get("format").unwrap_or_default()
@@ -144,7 +138,7 @@ pub(super) fn read_headers(
 
 fn attributes(event: &Event) -> impl Iterator<Item = (&'static str, String)> {
     let part = |field| event.field(field).unwrap_or("-");
-    let source = utf8_percent_encode(part(Field::SenderId), SEGMENT);
+    let source = utf8_percent_encode(part(Field::SenderId), ALL_BUT_UNRESERVED);
     let kind = format!("com.aivo.engage.{}.{}", part(Field::EventName), part(Field::Status));
     [
         ("specversion", Some("1.0".to_owned())),
@@ -170,7 +164,7 @@ mod tests {
     use super::*;
 
     fn rendered(body: &str, format: Format, binding: Binding) -> Vec<String> {
-        let now = UNIX_EPOCH + std::time::Duration::from_millis(1_700_000_000_999);
+        let now = SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(1_700_000_000_999);
         headers(&event(body), &Attempt { number: 3, route: "all", traceparent: None }, now, format, binding)
             .into_iter()
             .map(|(name, value)| format!("{name}: {value}"))

@@ -1,20 +1,11 @@
 //! The `signing_secret` of a sink: signatures as Standard Webhooks 1.0 defines them.
 
-use serde::Deserialize;
-
 use crate::document::Section;
-use crate::signature::Key;
+use crate::signature::{Key, OneOrMore};
 
 /// Every body is signed with all secrets, so that one can be rotated.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Secrets(Vec<Key>);
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "should be a string, or an array of strings")]
-enum OneOrMore {
-    One(String),
-    More(Vec<String>),
-}
 
 impl Secrets {
     /// Reads `signing_secret`, one secret or a list of them; none where it is absent.

@@ -56,7 +56,7 @@ pub enum OtlpProtocol {
 }
 
 /// Headers for the collector. Debug does not show their values, which may be secrets.
-#[derive(Clone, Default, Deserialize)]
+#[derive(Clone, Default, PartialEq, Deserialize)]
 pub struct Headers(BTreeMap<String, String>);
 
 impl fmt::Debug for Headers {

@@ -106,7 +106,8 @@ async fn check_says_where_settings_and_rules_do_not_go_together() {
     check(kafka.without("RELAY_JOURNAL__SEGMENT"), &[strange, order, start]).await;
     let made_up =
         setup.without("RELAY_INGRESS__AUTH__TOKENS").without("RELAY_JOURNAL__SEGMENT").env("OTHER", "generated");
-    let mine = "route \"mine\": its `token` ([\"test\"]) names one that ingress.auth does not have";
+    let mine =
+        "route \"mine\": its `token` (in = [\"test\"], prefix = \"o\") names one that ingress.auth does not have";
     check(made_up, &[strange, mine]).await;
 }
 
@@ -362,6 +363,16 @@ async fn send_sums_up_when_it_is_interrupted() {
             false => assert!(summary.contains(" accepted in ") && summary.contains("latency in ms"), "{summary}"),
         }
     }
+    relay.stop().await;
+}
+
+/// Without a URL it sends to where the settings say that the ingress listens.
+#[tokio::test]
+async fn send_goes_where_the_settings_say() {
+    let relay = Setup::new(SHIPPED).env("RELAY_INGRESS__LISTEN", "127.0.0.2:0").start().await;
+    let setup = Setup::new(SHIPPED).env("RELAY_INGRESS__LISTEN", relay.address().to_string());
+    let done = setup.run(&["send", "--count", "3"], "").await;
+    assert_eq!(done.code, Some(0), "{done:?}");
     relay.stop().await;
 }
 

@@ -272,6 +272,11 @@ impl Relay {
         self.setup.file("routes.toml", rules);
     }
 
+    /// Writes other settings to its file.
+    pub(crate) fn change_settings(&self, settings: &str) {
+        self.setup.file("relay.toml", settings);
+    }
+
     /// The process.
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id().unwrap()).unwrap()).unwrap()

@@ -273,6 +273,19 @@ async fn a_connection_may_wait_for_its_first_request() {
     raw.answer().await.ids();
 }
 
+/// The rest of a body that was refused is not the beginning of another request.
+#[tokio::test]
+async fn what_is_read_after_a_refusal_is_no_request() {
+    let relay = impatient().env("RELAY_INGRESS__IDLE_TIMEOUT", "60s").start().await;
+    let mut raw = Raw::connect(relay.address()).await;
+    raw.write(head("content-length: 10\r\n").replace(TOKEN.1, "wrong")).await;
+    check_problem(&raw.answer().await, 401);
+    raw.write("0123456789").await;
+    tokio::time::sleep(SHORT * 2).await;
+    raw.write(whole("{}")).await;
+    raw.answer().await.ids();
+}
+
 #[tokio::test]
 async fn too_slow_on_http2_costs_only_the_stream() {
     use futures_util::stream;
@@ -412,6 +425,21 @@ async fn headers_at_the_limits() {
         assert_eq!(raw.answer().await.status, expected, "{} bytes of headers", more.len());
     }
     let relay = relay().await;
+    // With traces there is one more header, which does not count.
+    let traced = Setup::new(SCREEN).env("RELAY_TELEMETRY__OTLP_ENDPOINT", "http://127.0.0.1:9").start().await;
+    for relay in [&relay, &traced] {
+        let client = Client::http2(relay.address()).await;
+        for (count, expected) in [(64, 200), (65, 431)] {
+            let mut many = webhook("{}");
+            let headers = many.headers_mut();
+            // The client adds the content's length, and leaves the host out.
+            for number in headers.len()..count {
+                headers.insert(HeaderName::try_from(format!("x-{number}")).unwrap(), HeaderValue::from_static("y"));
+            }
+            let answer = client.send(many).await;
+            assert_eq!(answer.status, expected, "{count} headers on HTTP/2: {answer:?}");
+        }
+    }
     // Besides these there are host, token and content-length.
     let headers = |count: usize| (0..count).map(|number| format!("x-{number}: y\r\n")).collect::<String>();
     check(&relay, &headers(61), 200).await;
@@ -426,16 +454,6 @@ async fn headers_at_the_limits() {
         let mut large = webhook("{}");
         large.headers_mut().insert("x", "y".repeat(len).parse().unwrap());
         assert_eq!(client.send(large).await.status, expected, "{len} bytes on HTTP/2");
-    }
-    for (count, expected) in [(64, 200), (65, 431)] {
-        let mut many = webhook("{}");
-        let headers = many.headers_mut();
-        // The client adds the content's length, and leaves the host out.
-        for number in headers.len()..count {
-            headers.insert(HeaderName::try_from(format!("x-{number}")).unwrap(), HeaderValue::from_static("y"));
-        }
-        let answer = client.send(many).await;
-        assert_eq!(answer.status, expected, "{count} headers on HTTP/2: {answer:?}");
     }
 }
 

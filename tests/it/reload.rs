@@ -231,6 +231,8 @@ async fn a_removed_sinks_parked_deliveries_are_dead_letters_and_a_changed_one_ke
     // Or else no alert would know of them.
     assert_eq!(counted.get("relay_deliveries_total{outcome=\"dead\",sink=\"one\"}"), Some(&1.0), "{counted:#?}");
     assert_eq!(counted.get("relay_deliveries_total{outcome=\"parked\",sink=\"one\"}"), None, "{counted:#?}");
+    let routed = |sink| counted.keys().any(|name| name.starts_with("relay_routed_events_total") && name.contains(sink));
+    assert!(!routed("\"one\"") && routed("\"two\""), "{counted:#?}");
     relay.sink_is("two", "is paused still", |sink| sink["paused"] == true).await;
     relay.post(event(2, "sent")).await;
     relay.operate("/api/v1/sinks/two/resume", &Value::Null).await;
@@ -396,12 +398,19 @@ fn memory(relay: &Relay) -> u64 {
 async fn settings_that_need_a_restart_are_named_and_the_log_level_is_not_one() {
     let one = Receiver::accepting().await;
     let setup = Setup::new(&one.routes());
-    setup.file("relay.toml", "[telemetry]\nlog = \"info\"\n[shutdown]\ngrace = \"20s\"\n");
+    setup.file(
+        "relay.toml",
+        "[telemetry]\nlog = \"info\"\notlp_headers = { x = \"one\" }\n[shutdown]\ngrace = \"20s\"\n",
+    );
     let relay = setup.start().await;
-    setup.file("relay.toml", "[telemetry]\nlog = \"debug\"\n[shutdown]\ngrace = \"10s\"\n");
+    setup.file(
+        "relay.toml",
+        "[telemetry]\nlog = \"debug\"\notlp_headers = { x = \"two\" }\n[shutdown]\ngrace = \"10s\"\n",
+    );
     let reload = reload(&relay).await;
     assert_eq!(reload["outcome"], "applied");
-    assert!(reload["problems"][0].as_str().unwrap().contains("shutdown"), "{reload}");
+    let problems = reload["problems"].to_string();
+    assert!(["shutdown has", "telemetry has"].iter().all(|setting| problems.contains(setting)), "{reload}");
     assert_eq!(relay.get("/api/v1/log").await["log"], "debug");
     relay.stop().await;
 }

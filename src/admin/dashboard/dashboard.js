@@ -271,7 +271,10 @@ function showTotals(status) {
   totals.lag.show(lag, duration(lag));
   totals.parked.show(parked, count(parked));
   totals.dead.show(dead, count(dead));
-  totals.journal.show(journal.disk_bytes, bytes(journal.disk_bytes), journal.state === "serving" ? "" : journal.state);
+  const state = journal.state === "serving" ? "" : journal.state;
+  // Relays that share a journal on Kafka have none on disk.
+  if (journal.disk_bytes === null) totals.journal.show(0, state || "on Kafka");
+  else totals.journal.show(journal.disk_bytes, bytes(journal.disk_bytes), state);
   totals.dead.text.classList.toggle("attention", dead > 0);
 }
 
@@ -696,7 +699,8 @@ function start() {
     event.preventDefault();
     const { event: text, token: sender } = event.target.elements;
     try {
-      const answer = await request("POST", `explain?${new URLSearchParams({ token: sender.value })}`, text.value);
+      const query = sender.value && `?${new URLSearchParams({ token: sender.value })}`;
+      const answer = await request("POST", `explain${query}`, text.value);
       byId("explained").replaceChildren(...(await answer.json()).map(explained));
     } catch (error) {
       byId("explained").replaceChildren(el("p", { className: "wrong", textContent: error.message }));

@@ -28,6 +28,7 @@ use super::tls::Tls;
 use super::{Attempt, BuildError, DeliveryError, MAX_ASKED, Preview, Verdict, View};
 use crate::document::Section;
 use crate::event::Event;
+use crate::signature;
 use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
 
@@ -114,7 +115,7 @@ impl Config {
             };
             headers.push((name, value));
         }
-        let (id, timestamp) = (event.id().to_string(), metadata::unix_seconds(now).to_string());
+        let (id, timestamp) = (event.id().to_string(), signature::unix_seconds(now).to_string());
         if let Some(signature) = self.secrets.sign(&id, &timestamp, &body) {
             headers.push((HeaderName::from_static("webhook-signature"), signature));
         }

@@ -76,7 +76,7 @@ fn problems() {
     check("url = \"http://h/\"\nheaders = { a = \"x\\ny\" }", &["3: the value of \"a\" holds a line break"]);
     check("url = \"http://h/\"\nsigning_secret = \"abc\"", &["3: a signing secret starts with"]);
     check("url = \"http://h/\"\nsigning_secret = []", &["3: the list of secrets is empty"]);
-    check("url = \"http://h/\"\nsigning_secret = 3", &["3: should be a string, or an array of strings"]);
+    check("url = \"http://h/\"\nsigning_secret = 3", &["3: should be text, or a list of texts"]);
     check("url = \"http://h/\"\nsigning_secret = [\"${SIGNING}\", \"whsec_!\"]", &["3: what follows"]);
     check("url = \"http://h/\"\ntimeout = \"0s\"", &["3: a time-out is at least 1ms"]);
     check("url = \"http://h/\"\ntimeout = \"2h\"", &["3: a time-out is at most 1h"]);

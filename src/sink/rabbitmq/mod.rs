@@ -40,6 +40,7 @@ use super::tls::Tls;
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
 use crate::document::{self, Section, Shape, Value};
 use crate::event::Event;
+use crate::signature;
 use crate::telemetry::Begin;
 use crate::template::{Escape, Template};
 
@@ -152,7 +153,7 @@ impl Config {
             routing_key: view.render(&self.routing_key, event, Escape::None),
             routing_key_varies: self.routing_key.as_literal().is_none(),
             id: event.id().to_string(),
-            timestamp: metadata::unix_seconds(now),
+            timestamp: signature::unix_seconds(now),
             headers,
             body: event.body(),
         };

@@ -6,8 +6,8 @@
 {{- if .Values.tls.existingSecret }}
 - { name: tls, mountPath: /run/secrets/tls, readOnly: true }
 {{- end }}
-{{- range .Values.secretFiles }}
-- { name: secret-{{ . }}, mountPath: /run/secrets/{{ . }}, readOnly: true }
+{{- range $index, $name := .Values.secretFiles }}
+- { name: secret-{{ $index }}, mountPath: /run/secrets/{{ $name }}, readOnly: true }
 {{- end }}
 {{- end }}
 
@@ -20,9 +20,10 @@
 - name: tls
   secret: { secretName: {{ . }}, defaultMode: 0440 }
 {{- end }}
-{{- range .Values.secretFiles }}
-- name: secret-{{ . }}
-  secret: { secretName: {{ . }}, defaultMode: 0440 }
+{{- /* A Secret's name may have dots and be longer than a volume's. */}}
+{{- range $index, $name := .Values.secretFiles }}
+- name: secret-{{ $index }}
+  secret: { secretName: {{ $name }}, defaultMode: 0440 }
 {{- end }}
 {{- end }}
 

@@ -22,7 +22,7 @@ impl Default for Throttle {
 
 impl Throttle {
     /// Lets so many through per interval.
-    pub(super) fn of(allowed: u32) -> Self {
+    pub fn of(allowed: u32) -> Self {
         Self { allowed, begun: None, admitted: 0, suppressed: 0 }
     }
 
