@@ -179,7 +179,20 @@ impl Ledger {
         self.run(move |books| changes::settle(books, &lane, progress.as_ref(), &changes, now())).await
     }
 
-    /// The same for a lane that may have gone elsewhere by the time that it is its turn: then nothing is written.
+    /// Writes where lanes begin: all of them, or none.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`]: nothing has changed.
+    pub async fn begin(&self, lanes: HashMap<String, Progress>) -> Result<(), LedgerError> {
+        let settle = move |books: &mut Books<'_>| {
+            let mut lanes = lanes.iter();
+            lanes.try_for_each(|(lane, at)| changes::settle(books, lane, Some(at), &[], now()).map(drop))
+        };
+        self.run(settle).await
+    }
+
+    /// [`Ledger::settle`] for a lane that may have gone elsewhere by the time that it is its turn: then nothing is written.
     async fn settle_held(
         &self,
         lane: Arc<str>,

@@ -178,7 +178,7 @@ impl Relay {
         let result = tokio::select! {
             () = self.ingress.accept(listener) => Ok(()),
             () = asked_to_end(&mut shutdown, times.delay) => Ok(()),
-            reason = self.storage.failed() => Err(RunError::Journal(reason)),
+            error = self.storage.failed() => Err(error),
             error = self.reloads.run(&mut self.carriers) => Err(error),
         };
         let grace = if result.is_ok() { times.grace } else { FAILED_GRACE };

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpSocket;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -20,6 +21,7 @@ pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
     let (loaded, seen) = sources.load();
     let loaded = loaded?;
     let logs = loaded.config.telemetry.init();
+    raise_open_files();
     loaded.warnings.iter().for_each(|warning| warn!("{warning}"));
     loaded.problems.iter().for_each(|problem| warn!("{problem}"));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("relay").build()?;
@@ -27,6 +29,14 @@ pub(super) fn run(global: &Global) -> anyhow::Result<ExitCode> {
     // Whatever hangs in a thread for blocking work must not keep the process.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Lets the process have as many descriptors as it may: each connection takes one, and so do files.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!(%error, "the limit on open files can't be raised");
+    }
 }
 
 /// As the standard library does it, but without listening.

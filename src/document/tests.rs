@@ -223,7 +223,7 @@ fn reads_on_after_syntax_errors() {
         "a = 1 # x\ry\r\nb = \"x\nc = 2\r\n",
         "c=2",
         &[
-            "1:10: carriage return must be followed by newline, expected `\\n`",
+            "1:11: carriage return must be followed by newline, expected newline",
             "2:7: invalid basic string, expected `\"`",
         ],
     );

@@ -298,6 +298,14 @@ impl Reader {
         }
     }
 
+    /// What keeps the entries that are not released, also when the reader is gone; none where retention alone decides.
+    pub fn hold(&self) -> Option<Arc<disk::Hold>> {
+        match self {
+            Self::Disk(reader) => Some(reader.hold()),
+            Self::Kafka(_) | Self::Scan(_) => None,
+        }
+    }
+
     /// Says that entries before `position` are not needed any more, not even after a restart.
     pub fn release(&self, position: Position) {
         match self {

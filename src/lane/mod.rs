@@ -84,6 +84,8 @@ const BURIALS_LOGGED: u32 = 10;
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 /// How long to wait after the journal could not be read or the ledger not written.
 const STORAGE_PAUSE: Duration = Duration::from_secs(1);
+/// For how long a lane goes on that can't write how far it has come: after a crash all of it would be repeated.
+const UNWRITTEN: Duration = Duration::from_secs(5);
 /// A delivery that is due later than the longest wait and this much more was parked before the clock was set back.
 const CLOCK_MARGIN: Duration = Duration::from_secs(60);
 
@@ -158,8 +160,9 @@ pub struct Lane {
     taken: Vec<Taken>,
     settle_due: bool,
     unwritten: bool,
-    /// The cursor that was written last.
+    /// The cursor that was written last, and when.
     released: Position,
+    released_at: Instant,
     /// Of attempts that failed, and of dead letters.
     warnings: Throttle,
     burials: Throttle,
@@ -218,6 +221,7 @@ impl Lane {
             taken: Vec::new(),
             settle_due: false,
             released: at,
+            released_at: Instant::now(),
             warnings: Throttle::default(),
             burials: Throttle::of(BURIALS_LOGGED),
             config,
@@ -388,6 +392,7 @@ impl Lane {
             && self.window.len() < MAX_WINDOW
             && self.window.bytes() < self.config.window_bytes
             && self.changes.len() < MAX_CHANGES
+            && !self.is_unwritten_for_long()
     }
 
     /// Whether one more could be parked.

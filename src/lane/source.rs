@@ -210,11 +210,11 @@ mod tests {
         let document = Document::parse("routes.toml", "", &Environment);
         let table = Arc::new(Table::read(&mut document.root(), &[]));
         let mut source = Source::new(
-            Reader::Disk(journal.reader(Start::Earliest)),
+            Reader::Disk(journal.view().reader(Start::Earliest)),
             Filter::new(Arc::new(Course::new(table)), UNROUTED.into()),
         );
         let reader = std::mem::replace(&mut source.state, State::Gone);
-        let appender = journal.appender();
+        let appender = journal.view().appender();
         let appended = appender.append(|entries| entries.entry(|out| out.push(b'x'))).unwrap();
         appender.submit();
         tokio::select! {

@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use tracing::warn;
 
 use super::control::Taken;
-use super::{CLOCK_MARGIN, FETCH, Lane, MAX_CHANGES, STORAGE_PAUSE};
+use super::{CLOCK_MARGIN, FETCH, Lane, MAX_CHANGES, MAX_WINDOW, STORAGE_PAUSE, UNWRITTEN};
 use crate::journal::Position;
 use crate::ledger::{self, Change, Due, LedgerError, Millis, Progress, Wanted};
 use crate::sink::MAX_ASKED;
@@ -58,6 +58,12 @@ impl Lane {
         !is_mere_progress || self.account.has_to_renew() || self.account.takes_progress(Instant::now())
     }
 
+    /// Whether much has been delivered since progress could be written the last time, and that is long ago.
+    pub(super) fn is_unwritten_for_long(&self) -> bool {
+        let unwritten = self.window.cursor().since(self.released);
+        unwritten > MAX_WINDOW as u64 && self.released_at.elapsed() > UNWRITTEN
+    }
+
     /// Writes how far the lane has come, with everything that it passes.
     pub(super) fn settle(&mut self) -> Storing {
         self.settle_due = false;
@@ -105,7 +111,7 @@ impl Lane {
         let now = Instant::now();
         match stored {
             Stored::Settled { cursor, changes, taken, result: Ok(exhumed) } => {
-                self.released = cursor;
+                (self.released, self.released_at) = (cursor, now);
                 self.source.release(cursor);
                 self.parking.written(&changes, now);
                 self.answer_taken(taken, exhumed);

@@ -32,8 +32,6 @@ use commit::Committer;
 
 pub use letters::Letters;
 
-/// How often a member of a group says that it is there.
-const HEARTBEAT: Duration = Duration::from_secs(3);
 /// How often lanes write mere progress, all of a sink's at about the same time: each transaction costs the brokers a dozen
 /// writes.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -84,7 +82,7 @@ impl Shared {
         schema::prepare(&mut connection, "".as_ref())?;
         // A session ends so long after the last heartbeat, which may have been before the last transaction.
         let session = config.session_timeout();
-        let lease = Lease::new(session - HEARTBEAT.min(session / 2));
+        let lease = Lease::new(session - config.heartbeat().min(session / 2));
         let committer = Committer::new(config.clone(), sink, member.clone(), lease.clone());
         let (ledger, thread) = Ledger::start(connection, Some(Box::new(committer)))?;
         Ok(Self { config: config.clone(), sink: sink.into(), member, ledger, thread, lease })
@@ -138,6 +136,11 @@ impl Shared {
     pub async fn bury_parked(&self, partition: i32) -> Result<usize, LedgerError> {
         let lane = partition.to_string();
         self.ledger.run(move |books| changes::bury_parked(books, &lane, super::now())).await
+    }
+
+    /// Whether the thread has ended, so that nothing is written any more.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// Ends the thread when what is queued is done. Blocks.

@@ -16,7 +16,7 @@ use tracing::{error, warn};
 
 use super::RunError;
 use super::in_force::{Built, Changes, InForce, Plan, Standing};
-use crate::journal::disk::View;
+use crate::journal::disk::{self, View};
 use crate::journal::{Position, Reader, Start};
 use crate::lane::{
     Beginning, Control, Controls, Course, Kept, Lane, Metrics, OrderBy, Phase, Remains, StartAt, Unrouted, Whereabouts,
@@ -50,7 +50,12 @@ struct Running {
     phase: watch::Sender<Phase>,
     /// What happens when it has ended.
     then: Then,
+    /// Keeps what it has not read until another goes on, or all has ended.
+    unread: Unread,
 }
+
+/// Keeps what a lane has not read.
+type Unread = Option<Arc<disk::Hold>>;
 
 /// A lane that has ended.
 pub(super) struct Ended(Result<(String, Remains), JoinError>);
@@ -98,7 +103,7 @@ impl Lanes {
     pub(super) async fn start(
         rules: Rules,
         (journal, ledger): (View, Ledger),
-        progress: HashMap<String, Progress>,
+        mut progress: HashMap<String, Progress>,
         grace: Duration,
         metrics: Metrics,
         traces: Option<Traces>,
@@ -114,10 +119,17 @@ impl Lanes {
         }
         let sinks = lanes.in_force.build(lanes.traces.as_ref())?;
         let sinks = sinks.into_iter().map(|built| (built.name().to_owned(), Carries::Sink(built)));
-        for (name, carries) in sinks.chain([(UNROUTED.to_owned(), Carries::Unrouted)]) {
-            // A sink that a new ledger does not know is not a new sink, or there are no events yet.
-            let start = if knew_none { StartAt::Earliest } else { carries.start() };
-            let beginning = lanes.beginning(&name, progress.get(&name).cloned(), start, carries.order_by()).await?;
+        let all: Vec<_> = sinks.chain([(UNROUTED.to_owned(), Carries::Unrouted)]).collect();
+        if knew_none {
+            // A sink that a new ledger does not know is not a new sink, or there are no events yet. That goes for all of them
+            // or for none: once it knows some, others are new.
+            let cursor = lanes.journal.reader(Start::Earliest).position();
+            progress = all.iter().map(|(name, _)| (name.clone(), Progress { cursor, ahead: Vec::new() })).collect();
+            lanes.ledger.begin(progress.clone()).await?;
+        }
+        for (name, carries) in all {
+            let known = progress.get(&name).cloned();
+            let beginning = lanes.beginning(&name, known, carries.start(), carries.order_by()).await?;
             lanes.spawn(name, carries, beginning, None);
         }
         for (name, Progress { cursor, .. }) in progress {
@@ -149,7 +161,8 @@ impl Lanes {
     /// It was not expected to end, or none can go on in its place.
     pub(super) async fn go_on(&mut self, Ended(ended): Ended) -> Result<(), RunError> {
         let (name, remains) = ended.map_err(|error| RunError::Lane(error.to_string()))?;
-        let Some(Running { carries, then, .. }) = self.running.remove(&name) else { return Err(RunError::Lane(name)) };
+        let Some(ended) = self.running.remove(&name) else { return Err(RunError::Lane(name)) };
+        let Running { carries, then, unread, .. } = ended;
         let progress = match then {
             Then::Fail => return Err(RunError::Lane(name)),
             Then::Start(_) | Then::Close => self.ledger.progress(&name).await?,
@@ -168,6 +181,8 @@ impl Lanes {
                 }
             }
         }
+        // Only now: another lane keeps it, or nobody will.
+        drop(unread);
         self.publish();
         Ok(())
     }
@@ -324,6 +339,7 @@ impl Lanes {
         let (course, account) = (Arc::clone(&self.course), self.ledger.account(&name));
         let phase = watch::Sender::new(Phase::Running);
         let at = Whereabouts::beginning(beginning.reader.position());
+        let unread = beginning.reader.hold();
         let (told, task_name) = (phase.subscribe(), name.clone());
         let control = match &carries {
             Carries::Sink(built) => {
@@ -339,7 +355,7 @@ impl Lanes {
                 control
             }
         };
-        self.running.insert(name, Running { carries, control, at, phase, then: Then::Fail });
+        self.running.insert(name, Running { carries, control, at, phase, then: Then::Fail, unread });
     }
 
     /// Lets a lane finish what is under way, for a time.

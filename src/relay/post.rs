@@ -127,10 +127,16 @@ impl Post {
         }
         let how = (*phase.borrow()).max(Phase::Finishing);
         let ours: Vec<_> = self.lanes.keys().copied().collect();
+        // Of the others what is parked is not known here, or not any more.
+        let runs = |partition: &i32| matches!(self.lanes.get(partition), Some(State::Running(_)));
+        let (running, coming): (Vec<_>, Vec<_>) = ours.iter().partition(|partition| runs(partition));
         let ended = self.end_lanes(&ours, false, how, &mut phase).await;
         if *bury.borrow() {
-            let dead_letters = bury_parked(&self.name, &self.ledger, &ours).await;
+            let dead_letters = bury_parked(&self.name, &self.ledger, &running).await;
             self.metrics.buried(&self.name, dead_letters);
+            if !coming.is_empty() {
+                warn!(sink = self.name, partitions = ?coming, "a sink is no longer in the rules: what it has parked in partitions that were just coming stays parked");
+            }
         }
         let Self { name, group, ledger, readers, mut moves, .. } = self;
         let leaving = tokio::task::spawn_blocking(move || {
@@ -180,9 +186,10 @@ impl Post {
         }
     }
 
-    /// Whether a lane has ended by itself.
+    /// Whether a lane, or what writes for all of them, has ended by itself.
     fn has_failed(&self) -> bool {
-        self.lanes.values().any(|state| matches!(state, State::Running(running) if running.task.is_finished()))
+        self.ledger.has_ended()
+            || self.lanes.values().any(|state| matches!(state, State::Running(running) if running.task.is_finished()))
     }
 
     fn take_over(&self, partition: i32, arrival: u64, account: Account, after: Duration) {

@@ -5,8 +5,10 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::interval;
 use tracing::{error, warn};
 
 use super::RunError;
@@ -21,7 +23,7 @@ use crate::journal::disk::Journal;
 use crate::journal::disk::recovery::{Finding, Kind as Found, Known};
 use crate::journal::{self, Health, View, kafka};
 use crate::lane::{Phase, Remains};
-use crate::ledger::{self, Ledger};
+use crate::ledger::{self, Ledger, LedgerError};
 use crate::routing::UNROUTED;
 use crate::rules::Rules;
 use crate::sink::BuildError;
@@ -41,6 +43,9 @@ pub(super) enum Storage {
     Disk { _lock: Vec<File>, journal: Journal, ledger: Ledger, thread: JoinHandle<()>, health: watch::Receiver<Health> },
     Kafka,
 }
+
+/// How often it is looked whether the ledger's thread is there.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The lanes of all sinks.
 pub(super) enum Carriers {
@@ -128,15 +133,22 @@ impl Opened {
 }
 
 impl Storage {
-    /// Waits until the journal has failed; why.
-    pub(super) async fn failed(&mut self) -> String {
-        let Self::Disk { health, .. } = self else { return std::future::pending().await };
+    /// Waits until the journal has failed, or nobody writes the ledger any more.
+    pub(super) async fn failed(&mut self) -> RunError {
+        let Self::Disk { health, thread, .. } = self else { return std::future::pending().await };
+        let mut looks = interval(LOOK);
         loop {
             if let Health::Failed(reason) = &*health.borrow_and_update() {
-                return reason.clone();
+                return RunError::Journal(reason.clone());
             }
-            if health.changed().await.is_err() {
-                return "the journal is gone".to_owned();
+            if thread.is_finished() {
+                return RunError::Ledger(LedgerError::Ended);
+            }
+            tokio::select! {
+                changed = health.changed() => if changed.is_err() {
+                    return RunError::Journal("the journal is gone".to_owned());
+                },
+                _ = looks.tick() => {}
             }
         }
     }

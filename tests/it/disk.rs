@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use futures_util::stream::{self, StreamExt as _};
 use rustix::process::Signal;
 
-use crate::harness::{Answer, Client, Receiver, Relay, Reply, Setup, event, eventually, webhook, within};
+use crate::harness::{Answer, Client, Raw, Receiver, Relay, Reply, Setup, event, eventually, webhook, within};
+use crate::ingress::head;
 
 /// A small file system of its own. Unmounted when dropped.
 struct Mount(PathBuf);
@@ -59,6 +60,67 @@ impl Drop for Mount {
         // A relay that was killed a moment ago may still be there: detach now, unmount when it is gone.
         drop(run("umount", &["-l", &self.0.to_string_lossy()]));
     }
+}
+
+/// From when its lane has ended until the process does, a sink that was down keeps what it has not read: also of segments
+/// that are older than `retention`.
+#[tokio::test]
+async fn what_is_unread_stays_while_the_relay_stops() {
+    let downstream = Receiver::accepting().await;
+    let setup = Setup::new(&downstream.routes())
+        .env("RELAY_JOURNAL__SEGMENT", "64KiB")
+        .env("RELAY_JOURNAL__RETENTION", "1s")
+        .env("RELAY_INGRESS__BODY_TIMEOUT", "4s");
+    let mut relay = setup.start().await;
+    assert_eq!(relay.command(&["pause", "http"]).await.code, Some(0));
+    let mut ids = Vec::new();
+    for hundred in 0..10 {
+        let events: Vec<_> = (0..100).map(|number| event(hundred * 100 + number, "sent")).collect();
+        ids.extend(relay.post(format!("[{}]", events.join(","))).await.ids());
+    }
+    // A sender in the middle of a request keeps the relay waiting.
+    let mut slow = Raw::connect(relay.address()).await;
+    slow.write(head("content-length: 10\r\n") + "{").await;
+    let begun = Instant::now();
+    relay.signal(Signal::TERM);
+    assert_eq!(relay.ended().await.code(), Some(0));
+    assert!(begun.elapsed() > Duration::from_secs(3), "it had time to give something up");
+    let relay = setup.start().await;
+    let received = downstream.wait_for(1000).await;
+    let mut received: Vec<_> = received.iter().map(|received| received.id().to_owned()).collect();
+    received.sort_unstable();
+    ids.sort_unstable();
+    assert_eq!(received, ids);
+    relay.stop().await;
+}
+
+/// Connections that use up all descriptors keep others out, and are no reason for the journal to fail.
+#[tokio::test]
+async fn without_descriptors_the_journal_goes_on() {
+    let setup = Setup::new("[sinks.out]\ntype = \"stdout\"\n[[routes]]\nto = [\"out\"]\n")
+        .env("RELAY_JOURNAL__SEGMENT", "64KiB")
+        .env("RELAY_JOURNAL__RETENTION", "0s")
+        .wrapped(["prlimit", "--nofile=64:128"]);
+    let relay = setup.start().await;
+    let client = Client::http1(relay.address()).await;
+    let send = async |from: u32| {
+        let events: Vec<_> = (from..from + 100).map(|number| event(number, "sent")).collect();
+        let answer = client.send(webhook(format!("[{}]", events.join(",")))).await;
+        assert!([200, 503].contains(&answer.status), "{answer:?}");
+        answer.status == 200
+    };
+    let idle = futures_util::future::join_all((0..200).map(|_| Raw::connect(relay.address()))).await;
+    eventually("all to be used up", async || {
+        relay.log().iter().any(|line| line.to_string().contains("not be accepted"))
+    })
+    .await;
+    // Enough for several segments.
+    for number in 0..20 {
+        send(number * 100).await;
+    }
+    drop(idle);
+    eventually("it to accept again", async || send(4000).await).await;
+    relay.stop().await;
 }
 
 fn run(program: &str, arguments: &[&str]) -> Result<(), String> {

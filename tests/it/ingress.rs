@@ -23,7 +23,7 @@ async fn relay() -> Relay {
 }
 
 /// A request's line and headers, with a right token, for an HTTP/1.1 connection.
-fn head(more: &str) -> String {
+pub(crate) fn head(more: &str) -> String {
     format!("POST {PATH} HTTP/1.1\r\nhost: relay\r\n{}: {}\r\n{more}\r\n", TOKEN.0, TOKEN.1)
 }
 

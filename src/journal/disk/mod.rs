@@ -31,6 +31,7 @@ mod tests;
 mod writer;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,7 +44,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 
 pub use metrics::Metrics;
-pub use reader::{ReadError, Reader};
+pub use reader::{Hold, ReadError, Reader};
 pub use writer::{Append, Appender, Entries};
 
 use super::{AppendError, Health, Position, Start};
@@ -112,6 +113,8 @@ pub struct Journal {
 /// What the writer, the readers and the space keeper share.
 struct Shared {
     dir: PathBuf,
+    /// The same, open: making renames in it durable must not depend on there being a descriptor left.
+    folder: File,
     config: Config,
     segments: Mutex<Segments>,
     durable: watch::Sender<Position>,
@@ -182,6 +185,7 @@ impl Journal {
         let active = active.map(|last| Ok::<_, io::Error>((segment::open(&last.path)?, last.clone()))).transpose()?;
         let shared = Arc::new(Shared {
             dir: dir.to_owned(),
+            folder: File::open(dir)?,
             config: config.clone(),
             segments: Mutex::new(Segments { list, holds: BTreeMap::new(), next_hold: 0 }),
             durable: watch::Sender::new(end),
@@ -208,34 +212,14 @@ impl Journal {
         Ok(())
     }
 
-    /// A handle for those who append on one core.
-    pub fn appender(&self) -> Appender {
-        Appender::new(Arc::clone(&self.shared))
-    }
-
-    /// A reader, which keeps all entries from its position on until it releases them.
-    pub fn reader(&self, start: Start) -> Reader {
-        Reader::new(Arc::clone(&self.shared), start)
-    }
-
     /// A handle for those who look at it.
     pub fn view(&self) -> View {
         View(Arc::clone(&self.shared))
     }
 
-    /// The position after the last durable entry.
-    pub fn end(&self) -> Position {
-        *self.shared.durable.borrow()
-    }
-
     /// Whether appends can succeed, and every change of it.
     pub fn health(&self) -> watch::Receiver<Health> {
         self.shared.health.subscribe()
-    }
-
-    /// How many bytes the segment files take.
-    pub fn disk_bytes(&self) -> u64 {
-        self.shared.disk_bytes()
     }
 
     /// Writes what is queued, then stops. Later appends fail.

@@ -11,13 +11,19 @@ use tokio::sync::watch;
 use super::scan::{Item, Scanner};
 use super::{Position, Segment, Shared, Start, record};
 
-/// Reads entries in order, and keeps those that it has not released from being given up.
+/// Reads entries in order, and keeps those that it has not released.
 pub struct Reader {
     shared: Arc<Shared>,
     durable: watch::Receiver<Position>,
-    hold: u64,
+    hold: Arc<Hold>,
     next: Position,
     open: Option<OpenSegment>,
+}
+
+/// Keeps all entries from a position on from being given up, for as long as it is there.
+pub struct Hold {
+    shared: Arc<Shared>,
+    number: u64,
 }
 
 struct OpenSegment {
@@ -48,11 +54,17 @@ impl Reader {
             }
             Start::End => end,
         };
-        let hold = segments.next_hold;
+        let number = segments.next_hold;
         segments.next_hold += 1;
-        segments.holds.insert(hold, next);
+        segments.holds.insert(number, next);
         drop(segments);
+        let hold = Arc::new(Hold { shared: Arc::clone(&shared), number });
         Self { shared, durable, hold, next, open: None }
+    }
+
+    /// What keeps the entries that are not released, also when the reader is gone.
+    pub fn hold(&self) -> Arc<Hold> {
+        Arc::clone(&self.hold)
     }
 
     /// The position that is read next.
@@ -72,7 +84,7 @@ impl Reader {
 
     /// Says that entries before `position` are not needed any more, not even after a restart.
     pub fn release(&self, position: Position) {
-        if let Some(hold) = self.shared.segments().holds.get_mut(&self.hold) {
+        if let Some(hold) = self.shared.segments().holds.get_mut(&self.hold.number) {
             *hold = position.max(*hold);
         }
     }
@@ -142,8 +154,9 @@ impl Reader {
                         self.passed_to(first, &segment.path);
                         self.open = None;
                     }
-                    // Everything up to here is durable, so that what is not readable is lost.
-                    None if open.scanner.offset() < segment.end => {
+                    // Everything up to here is durable, so that what is not readable is lost; and so is what a gap at the
+                    // end stands for.
+                    None if open.scanner.offset() < segment.end || self.next.0 < segment.next_seq => {
                         open.scanner.skip_to(segment.end, segment.next_seq);
                         self.passed_to(segment.next_seq, &segment.path);
                     }
@@ -183,9 +196,9 @@ impl Reader {
     }
 }
 
-impl Drop for Reader {
+impl Drop for Hold {
     fn drop(&mut self) {
-        self.shared.segments().holds.remove(&self.hold);
+        self.shared.segments().holds.remove(&self.number);
     }
 }
 

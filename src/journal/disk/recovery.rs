@@ -199,7 +199,8 @@ impl Inspection {
             kind,
             file,
             offset: bytes.start,
-            bytes: bytes.end - bytes.start,
+            // A file may have been cut within its header: then its records would begin behind its end.
+            bytes: bytes.end.saturating_sub(bytes.start),
             lost,
             kept: None,
         });

@@ -157,12 +157,12 @@ fn zero(file: &File, size: u64) -> io::Result<()> {
 
 /// Turns a prepared file into the segment that begins with `header.first`: the header, the mark that no record
 /// follows, and the name, each on disk before the next.
-pub(super) fn begin(file: &File, header: Header, from: &Path, to: &Path) -> io::Result<()> {
+pub(super) fn begin(file: &File, header: Header, from: &Path, to: &Path, folder: &File) -> io::Result<()> {
     header.write(file)?;
     file.write_all_at(&TERMINATOR, HEADER_BLOCK)?;
     file.sync_data()?;
     std::fs::rename(from, to)?;
-    sync_dir(to.parent().unwrap_or(Path::new(".")))
+    folder.sync_all()
 }
 
 /// Makes creations, renames and removals in a directory durable.

@@ -12,12 +12,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytesize::ByteSize;
+use rustix::io::Errno;
 
 use super::segment::SPARE;
 use super::{Segment, Shared, lock, segment};
 
 /// How often free space and retention are looked at.
-const INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const INTERVAL: Duration = Duration::from_secs(1);
 
 /// How many files at most are kept ready; only one is made anew.
 const MAX_SPARES: usize = 2;
@@ -172,7 +173,9 @@ impl Keeper {
             self.give_up(&old)?;
         }
         let min_free = self.shared.config.min_free_disk.as_u64();
-        while free_disk(&self.shared.dir)? < min_free {
+        // Some file systems show only later what a removed file has freed.
+        let mut freed = 0;
+        while free_disk(&self.shared.dir)?.saturating_add(freed) < min_free {
             let Some(old) = self.take_unneeded(|_| true) else {
                 let reason = format!("less than {} of disk is free", ByteSize::b(min_free));
                 self.shared.set_full(Some(reason));
@@ -182,6 +185,7 @@ impl Keeper {
                 return Ok(());
             };
             std::fs::remove_file(&old.path)?;
+            freed += old.size;
         }
         // It may have been more before the last start.
         while self.shared.disk_bytes() > self.shared.config.max_disk.as_u64()
@@ -207,6 +211,8 @@ impl Keeper {
             match segment::create_zeroed(&path, size) {
                 Ok(file) => return Ok(Ok(Spare { file, path, size })),
                 Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {}
+                // They are used up by others, and not for ever.
+                Err(e) if lacks_descriptors(&e) => return Ok(Err("the process has no file descriptor left".into())),
                 Err(e) => return Err(e),
             }
         }
@@ -251,15 +257,19 @@ impl Keeper {
         std::fs::remove_file(&old.path)
     }
 
-    /// Makes a spare of a segment, if it has the right length.
+    /// Makes a spare of a segment, if it has the right length and can be opened.
     fn recycle(&mut self, old: &Segment) -> io::Result<Option<Spare>> {
         if old.size != self.shared.config.segment.as_u64() {
             return Ok(None);
         }
+        let file = match segment::open(&old.path) {
+            Err(error) if lacks_descriptors(&error) => return Ok(None),
+            file => file?,
+        };
         let path = self.spare_path();
         std::fs::rename(&old.path, &path)?;
-        segment::sync_dir(&self.shared.dir)?;
-        Ok(Some(Spare { file: segment::open(&path)?, path, size: old.size }))
+        self.shared.folder.sync_all()?;
+        Ok(Some(Spare { file, path, size: old.size }))
     }
 }
 
@@ -269,6 +279,10 @@ impl Drop for Keeper {
             self.shared.fail(&io::Error::other("the space keeper panicked"));
         }
     }
+}
+
+fn lacks_descriptors(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
 }
 
 /// Bytes that the file system has left for this process.

@@ -64,7 +64,7 @@ impl Fixture {
     /// Opens, appends each group, closes.
     fn write(&self, groups: &[Vec<Vec<u8>>]) {
         let (journal, _) = self.open();
-        let appender = journal.appender();
+        let appender = journal.view().appender();
         for group in groups {
             append(&appender, group).unwrap();
         }
@@ -74,7 +74,7 @@ impl Fixture {
     /// Opens, reads everything, closes.
     fn read(&self) -> (BTreeMap<Position, Vec<u8>>, Vec<Finding>) {
         let (journal, findings) = self.open();
-        let read = read_all(&mut journal.reader(Start::Earliest));
+        let read = read_all(&mut journal.view().reader(Start::Earliest));
         journal.close();
         (read, findings)
     }
@@ -132,11 +132,11 @@ fn segments_roll_and_every_start_is_found() {
     assert!(fixture.segments().len() >= 6, "{:?}", fixture.segments());
     let (journal, _) = fixture.open();
     for start in 0..40 {
-        let read = read_all(&mut journal.reader(Start::At(Position(start))));
+        let read = read_all(&mut journal.view().reader(Start::At(Position(start))));
         assert_eq!(read.len() as u64, 40 - start);
         assert!(read.iter().all(|(position, entry)| entry[0] as u64 == position.0));
     }
-    assert_eq!(journal.reader(Start::End).position(), Position(40));
+    assert_eq!(journal.view().reader(Start::End).position(), Position(40));
     journal.close();
 }
 
@@ -144,14 +144,14 @@ fn segments_roll_and_every_start_is_found() {
 fn a_record_that_fills_a_segment_is_kept_and_one_byte_more_is_refused() {
     let fixture = Fixture::new();
     let (journal, _) = fixture.open();
-    let appender = journal.appender();
+    let appender = journal.view().appender();
     let most = (SEGMENT - HEADER_BLOCK) as usize - record::HEADER - record::ENTRY_OVERHEAD;
     append(&appender, &[b"small".to_vec()]).unwrap();
     append(&appender, &[vec![1; most]]).unwrap();
     let refused = append(&appender, &[vec![1; most + 1]]);
     assert_eq!(refused, Err(AppendError::TooLarge { bytes: SEGMENT - HEADER_BLOCK + 1, max: SEGMENT - HEADER_BLOCK }));
     append(&appender, &[b"after".to_vec()]).unwrap();
-    let read = read_all(&mut journal.reader(Start::Earliest));
+    let read = read_all(&mut journal.view().reader(Start::Earliest));
     assert_eq!(read.values().map(Vec::len).collect::<Vec<_>>(), [5, most, 5]);
     journal.close();
     assert_eq!(fixture.read().0, read);
@@ -163,8 +163,8 @@ fn positions_are_not_given_twice_even_if_files_are_lost() {
     fixture.write(&entries(0..10));
     fixture.segments().iter().for_each(|path| fs::remove_file(path).unwrap());
     let (journal, _) = fixture.open_knowing(Known { needed: None, floor: Position(10) });
-    append(&journal.appender(), &[b"next".to_vec()]).unwrap();
-    assert_eq!(journal.end(), Position(11));
+    append(&journal.view().appender(), &[b"next".to_vec()]).unwrap();
+    assert_eq!(journal.view().end(), Position(11));
     journal.close();
     let (read, findings) = fixture.read();
     assert_eq!((read.keys().copied().collect::<Vec<_>>(), findings), (vec![Position(10)], vec![]));
@@ -177,7 +177,8 @@ fn a_floor_above_the_end_is_a_gap_that_is_reported_once() {
     let (journal, findings) = fixture.open_knowing(Known { needed: None, floor: Position(8) });
     assert_eq!(kinds(&findings), [Kind::Missing]);
     assert_eq!(findings[0].lost, Some((Position(3), Position(8))));
-    append(&journal.appender(), &[b"next".to_vec()]).unwrap();
+    assert_eq!(read_all(&mut journal.view().reader(Start::Earliest)).len(), 3, "readers get to the end");
+    append(&journal.view().appender(), &[b"next".to_vec()]).unwrap();
     journal.close();
     let (read, findings) = fixture.read();
     assert_eq!(read.keys().map(|position| position.0).collect::<Vec<_>>(), [0, 1, 2, 8]);
@@ -279,6 +280,22 @@ fn a_cut_at_any_byte_keeps_all_records_before_it() {
     }
 }
 
+/// Nothing of it is left, but its name and its header.
+#[test]
+fn a_segment_that_was_cut_within_its_header_is_a_gap() {
+    let original = Fixture::new();
+    original.write(&(0..10_u8).map(|n| vec![vec![n; 10_000]]).collect::<Vec<_>>());
+    let (all, _) = original.read();
+    for len in [0, 31, 32, 2048, 4095] {
+        let (read, findings) = damaged(&original, |copy| {
+            OpenOptions::new().write(true).open(&copy.segments()[0]).unwrap().set_len(len).unwrap();
+        });
+        assert_eq!(read, all.clone().into_iter().skip(6).collect(), "cut at {len}");
+        let lost: Vec<_> = findings.iter().filter_map(|finding| finding.lost).collect();
+        assert_eq!(lost, [(Position(0), Position(6))], "cut at {len}: {findings:?}");
+    }
+}
+
 #[test]
 fn torn_and_damaged_bytes_are_kept_in_quarantine() {
     let fixture = Fixture::new();
@@ -351,8 +368,8 @@ fn what_is_missing_at_the_beginning_is_a_finding_if_somebody_needs_it() {
             let (journal, findings) = copy.open_knowing(known);
             let lost = |finding: &Finding| (finding.kind, finding.lost.map(|(from, to)| (from.0, to.0)));
             assert_eq!(findings.iter().map(lost).collect::<Vec<_>>(), expected, "{known:?}");
-            append(&journal.appender(), &[b"next".to_vec()]).unwrap();
-            let all = read_all(&mut journal.reader(Start::Earliest));
+            append(&journal.view().appender(), &[b"next".to_vec()]).unwrap();
+            let all = read_all(&mut journal.view().reader(Start::Earliest));
             assert!(all.into_keys().last() >= Some(Position(floor)), "no position is given twice");
             journal.close();
         };
@@ -449,7 +466,7 @@ fn foreign_files_are_left_alone_and_newer_formats_refused() {
 fn reading_passes_over_damage_that_comes_while_running() {
     let fixture = Fixture::new();
     let (journal, _) = fixture.open();
-    let appender = journal.appender();
+    let appender = journal.view().appender();
     for group in entries(0..5) {
         append(&appender, &group).unwrap();
     }
@@ -459,7 +476,7 @@ fn reading_passes_over_damage_that_comes_while_running() {
     file.write_all_at(b"XX", ends[1] + 25).unwrap();
     file.write_all_at(b"XX", ends[3] + 25).unwrap();
     let before = fs::read(&path).unwrap();
-    let mut reader = journal.reader(Start::Earliest);
+    let mut reader = journal.view().reader(Start::Earliest);
     assert_eq!(read_all(&mut reader).into_keys().map(|p| p.0).collect::<Vec<_>>(), [0, 1, 3]);
     append(&appender, &[b"after".to_vec()]).unwrap();
     assert_eq!(read_all(&mut reader).into_keys().map(|p| p.0).collect::<Vec<_>>(), [5]);
@@ -473,8 +490,8 @@ fn a_full_journal_refuses_until_readers_let_go() {
     let mut fixture = Fixture::new();
     fixture.config.max_disk = ByteSize::b(4 * SEGMENT);
     let (journal, _) = fixture.open();
-    let appender = journal.appender();
-    let mut reader = journal.reader(Start::Earliest);
+    let appender = journal.view().appender();
+    let mut reader = journal.view().reader(Start::Earliest);
     let entry = vec![vec![7; 10_000]];
     let mut accepted = 0;
     let refused = loop {
@@ -486,7 +503,7 @@ fn a_full_journal_refuses_until_readers_let_go() {
     assert!(matches!(refused, AppendError::Full(_)), "{refused:?}");
     assert_eq!(accepted, 4 * 6, "every segment is used up");
     assert!(matches!(journal.view().health(), Health::Full(_)));
-    assert!(journal.disk_bytes() <= 4 * SEGMENT);
+    assert!(journal.view().disk_bytes() <= 4 * SEGMENT);
     let view = journal.view();
     assert_eq!((view.needed_bytes(), view.limit_bytes().unwrap()), (4 * SEGMENT, 4 * SEGMENT));
     assert_eq!(read_all(&mut reader).len(), accepted);
@@ -504,7 +521,32 @@ fn a_full_journal_refuses_until_readers_let_go() {
             reader.release(reader.position());
         }
     }
-    assert!(journal.disk_bytes() <= 4 * SEGMENT);
+    assert!(journal.view().disk_bytes() <= 4 * SEGMENT);
+    journal.close();
+}
+
+/// While the disk takes nothing, what waits for it stays within bounds.
+#[test]
+fn too_much_that_waits_is_refused() {
+    let (fixture, entry) = (Fixture::new(), vec![7; 50_000]);
+    let (journal, _) = fixture.open();
+    let appender = journal.view().appender();
+    let one = || appender.append(|entries| entries.entry(|out| out.extend(&entry)));
+    let stalled = journal.shared.segments();
+    let mut waiting: Vec<_> = std::iter::from_fn(|| one().ok()).take(10_000).collect();
+    let bytes = waiting.len() * entry.len();
+    assert!((33_000_000..34_000_000).contains(&bytes), "{bytes} bytes wait");
+    assert!(matches!(one(), Err(AppendError::Busy)));
+    drop(stalled);
+    appender.submit();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        tokio::select! {
+            stored = futures_util::future::try_join_all(waiting.drain(..)) => drop(stored.unwrap()),
+            () = appender.clone().courier() => unreachable!("a courier does not end"),
+        }
+    });
+    append(&appender, &[b"there is room again".to_vec()]).unwrap();
     journal.close();
 }
 
@@ -514,7 +556,7 @@ fn the_last_segment_is_used_up_before_the_journal_is_full() {
     let mut fixture = Fixture::new();
     fixture.config.max_disk = ByteSize::b(2 * SEGMENT);
     let (journal, _) = fixture.open();
-    let (appender, _reader) = (journal.appender(), journal.reader(Start::Earliest));
+    let (appender, _reader) = (journal.view().appender(), journal.view().reader(Start::Earliest));
     for _ in 0..7 {
         append(&appender, &[vec![7; 10_000]]).unwrap();
     }
@@ -565,17 +607,21 @@ fn retention_gives_up_what_all_readers_have_passed() {
     let mut fixture = Fixture::new();
     fixture.config.retention = Duration::ZERO;
     let (journal, _) = fixture.open();
-    let appender = journal.appender();
-    let (mut fast, slow) = (journal.reader(Start::Earliest), journal.reader(Start::Earliest));
+    let appender = journal.view().appender();
+    let (mut fast, slow) = (journal.view().reader(Start::Earliest), journal.view().reader(Start::Earliest));
     for n in 0..40_u8 {
         append(&appender, &[vec![n; 10_000]]).unwrap();
     }
     read_all(&mut fast);
     fast.release(fast.position());
-    assert_eq!(journal.reader(Start::Earliest).position(), Position(0), "the slow reader keeps everything");
+    assert_eq!(journal.view().reader(Start::Earliest).position(), Position(0), "the slow reader keeps everything");
+    let hold = slow.hold();
     drop(slow);
+    std::thread::sleep(2 * space::INTERVAL);
+    assert_eq!(journal.view().reader(Start::Earliest).position(), Position(0), "and so does what is left of it");
+    drop(hold);
     let deadline = Instant::now() + Duration::from_secs(20);
-    while journal.reader(Start::Earliest).position() == Position(0) {
+    while journal.view().reader(Start::Earliest).position() == Position(0) {
         assert!(Instant::now() < deadline, "nothing was given up");
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -589,13 +635,13 @@ fn a_lower_limit_gives_up_what_is_too_much() {
     fixture.write(&entries);
     fixture.config.max_disk = ByteSize::b(3 * SEGMENT);
     let (journal, _) = fixture.open();
-    let needed = journal.reader(Start::At(Position(39)));
+    let needed = journal.view().reader(Start::At(Position(39)));
     let deadline = Instant::now() + Duration::from_secs(20);
-    while journal.disk_bytes() > 3 * SEGMENT {
-        assert!(Instant::now() < deadline, "{} bytes", journal.disk_bytes());
+    while journal.view().disk_bytes() > 3 * SEGMENT {
+        assert!(Instant::now() < deadline, "{} bytes", journal.view().disk_bytes());
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert!(journal.reader(Start::Earliest).position() < needed.position());
+    assert!(journal.view().reader(Start::Earliest).position() < needed.position());
     journal.close();
 }
 
@@ -604,7 +650,7 @@ fn too_little_free_disk_refuses() {
     let mut fixture = Fixture::new();
     fixture.config.min_free_disk = ByteSize::pib(1);
     let (journal, _) = fixture.open();
-    let appender = journal.appender();
+    let appender = journal.view().appender();
     assert!(matches!(append(&appender, &[b"x".to_vec()]), Err(AppendError::Full(_))));
     journal.close();
     assert_eq!(read_all_closed(&fixture), 0);

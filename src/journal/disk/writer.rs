@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::pin::Pin;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
@@ -47,6 +47,8 @@ pub struct Appender {
 
 struct Core {
     open: Mutex<Batch>,
+    /// Bytes of the records that were handed over and are not written yet.
+    waiting: AtomicUsize,
     done: Mutex<Vec<Batch>>,
     /// Buffers of committed batches, for the next ones.
     free: Mutex<Vec<Vec<u8>>>,
@@ -58,6 +60,8 @@ struct Core {
 #[derive(Default)]
 struct Batch {
     records: Vec<u8>,
+    /// How many bytes they were when they were handed over.
+    bytes: usize,
     count: usize,
     ticket: Arc<Ticket>,
     core: Option<Arc<Core>>,
@@ -92,7 +96,8 @@ impl Entries<'_> {
 
 impl Appender {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        let core = Core { open: Mutex::default(), done: Mutex::default(), free: Mutex::default(), wake: Notify::new() };
+        let (open, done, free) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let core = Core { open, waiting: AtomicUsize::new(0), done, free, wake: Notify::new() };
         let max_record = shared.config.segment.as_u64() - HEADER_BLOCK;
         Self { core: Arc::new(core), shared, max_record }
     }
@@ -112,7 +117,7 @@ impl Appender {
             }
         }
         let mut batch = lock(&self.core.open);
-        if batch.records.len() > MAX_WAITING_BYTES {
+        if self.core.waiting.load(Ordering::Relaxed) + batch.records.len() > MAX_WAITING_BYTES {
             return Err(AppendError::Busy);
         }
         let mut entries = Entries(record::Builder::new(&mut batch.records));
@@ -154,6 +159,8 @@ impl Appender {
         let records = lock(&self.core.free).pop().unwrap_or_default();
         let mut full = std::mem::replace(batch, Batch { records, ..Batch::default() });
         full.core = Some(Arc::clone(&self.core));
+        full.bytes = full.records.len();
+        self.core.waiting.fetch_add(full.bytes, Ordering::Relaxed);
         self.shared.queue.push(full);
     }
 }
@@ -252,6 +259,7 @@ impl Batch {
     fn complete(mut self, outcome: Outcome) {
         lock(&self.ticket.0).outcome = Some(outcome);
         if let Some(core) = self.core.take() {
+            core.waiting.fetch_sub(self.bytes, Ordering::Relaxed);
             lock(&core.done).push(self);
             core.wake.notify_one();
         }
@@ -426,7 +434,7 @@ impl Writer {
         }
         let header = segment::Header::new(self.next_seq)?;
         let path = segment::path(&self.shared.dir, self.next_seq);
-        segment::begin(&spare.file, header, &spare.path, &path)?;
+        segment::begin(&spare.file, header, &spare.path, &path, &self.shared.folder)?;
         let mut segments = self.shared.segments();
         if let Some(last) = segments.list.back_mut() {
             last.sealed.get_or_insert_with(SystemTime::now);

@@ -231,6 +231,12 @@ impl Config {
         Duration::from_millis(given.parse().unwrap_or(10_000))
     }
 
+    /// How often a member of a group says that it is there.
+    pub fn heartbeat(&self) -> Duration {
+        let given = self.options.get("heartbeat.interval.ms").and_then(|given| given.parse().ok());
+        Duration::from_millis(given.unwrap_or(3000))
+    }
+
     /// How long a record may be, in bytes.
     fn max_message(&self) -> u64 {
         self.options.get(MESSAGE_MAX).and_then(|bytes| bytes.parse().ok()).unwrap_or(MAX_MESSAGE)

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message as _;
@@ -17,6 +18,8 @@ use crate::kafka::{Follower, Producer, SendError};
 
 /// How many are noted together.
 const BATCH: usize = 500;
+/// After what could not be noted.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// A copy of all dead letters, and the way to discard them. Clones share it.
 #[derive(Clone)]
@@ -56,8 +59,9 @@ impl Letters {
         let stopped = Arc::new(AtomicBool::new(false));
         let (stop, notes) = (Arc::clone(&stopped), Arc::clone(&reader));
         let follow = move || {
+            let mut found = Vec::new();
             while !stop.load(Ordering::Relaxed) {
-                follow(&mut follower, &notes);
+                follow(&mut follower, &notes, &mut found);
             }
         };
         std::thread::Builder::new().name("dead-letters".to_owned()).spawn(follow).map_err(LedgerError::Thread)?;
@@ -130,29 +134,33 @@ fn refused(error: SendError) -> LedgerError {
     LedgerError::Failed(error.to_string())
 }
 
-/// Notes what has come.
-fn follow(follower: &mut Follower, reader: &Mutex<Reader>) {
-    let mut found = Vec::new();
-    follower.follow(BATCH, |message| {
-        found.push((number_of(message.partition(), message.offset()).to_stored(), read_dead(message)));
-    });
+/// Notes what has come, or first what has come before and could not be noted.
+fn follow(follower: &mut Follower, reader: &Mutex<Reader>, found: &mut Vec<(i64, Option<Died>)>) {
+    if found.is_empty() {
+        follower.follow(BATCH, |message| {
+            found.push((number_of(message.partition(), message.offset()).to_stored(), read_dead(message)));
+        });
+    }
     if found.is_empty() {
         return;
     }
-    let reader = lock(reader);
-    if let Err(error) = note(reader.connection(), found) {
-        error!(%error, "dead letters can't be noted");
+    match note(lock(reader).connection(), found) {
+        Ok(()) => found.clear(),
+        Err(error) => {
+            error!(%error, "dead letters can't be noted; trying again");
+            std::thread::sleep(PAUSE);
+        }
     }
 }
 
-fn note(connection: &Connection, found: Vec<(i64, Option<Died>)>) -> rusqlite::Result<()> {
+fn note(connection: &Connection, found: &[(i64, Option<Died>)]) -> rusqlite::Result<()> {
     let transaction = connection.unchecked_transaction()?;
     for (id, died) in found {
         match died {
             Some(Died { sink, letter: Some((letter, died_at)), .. }) => {
-                bury(connection, Some(id), &sink, &letter, died_at)?;
+                bury(connection, Some(*id), sink, letter, *died_at)?;
             }
-            Some(Died { sink, position, letter: None }) => remove(connection, &sink, position)?,
+            Some(Died { sink, position, letter: None }) => remove(connection, sink, *position)?,
             None => warn!(id, "a record among the dead letters is none"),
         }
     }

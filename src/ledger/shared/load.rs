@@ -7,6 +7,7 @@ use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::{Offset, TopicPartitionList};
+use tracing::error;
 
 use super::super::{Parked, Progress};
 use super::records::{Found, ahead_from_text, read_parked};
@@ -45,6 +46,15 @@ pub(super) fn parked(config: &Config, sink: &str, partition: i32, mark: &str) ->
             Some(Found::Opened(found)) if found == mark.as_bytes() => return Ok(parked.into_values().collect()),
             Some(Found::Parked(found)) => drop(parked.insert(found.position, *found)),
             Some(Found::Unparked(position)) => drop(parked.remove(&position)),
+            Some(Found::Unreadable(position)) => {
+                let position = position.to_stored();
+                error!(
+                    sink,
+                    partition,
+                    position,
+                    "a parked delivery can't be read, and is not made; the event is in the journal still"
+                );
+            }
             Some(Found::Opened(_)) | None => {}
         }
     }

@@ -78,6 +78,8 @@ pub(super) enum Found {
     Parked(Box<Parked>),
     /// Nothing is parked there any more.
     Unparked(Position),
+    /// What is said of it can't be read.
+    Unreadable(Position),
 }
 
 /// What something that was written becomes, if it becomes a record.
@@ -137,7 +139,7 @@ pub(super) fn read_parked(sink: &str, message: &BorrowedMessage<'_>) -> Option<F
     }
     let position = Position::from_stored(place.parse().ok()?);
     let Some(record) = message.payload() else { return Some(Found::Unparked(position)) };
-    let meta: ParkedMeta = read_header(PARKED, message)?;
+    let Some(meta) = read_header::<ParkedMeta>(PARKED, message) else { return Some(Found::Unreadable(position)) };
     Some(Found::Parked(Box::new(Parked {
         key: meta.key,
         position,
