@@ -31,7 +31,7 @@ const IMPORTS: [(&str, &[&str]); 20] = [
     ("ingress", &["event", "journal", "signature", "telemetry", "tls"]),
     ("routing", &["document", "event", "pointer"]),
     ("sink", &["document", "event", "kafka", "signature", "telemetry", "template"]),
-    ("lane", &["document", "event", "journal", "ledger", "routing", "sink"]),
+    ("lane", &["document", "event", "journal", "ledger", "routing", "sink", "telemetry"]),
     // Where it is all put together.
     ("rules", &["document", "event", "lane", "routing", "sink"]),
     ("admin", &["document", "event", "ingress", "journal", "lane", "ledger", "routing", "rules", "telemetry", "tls"]),

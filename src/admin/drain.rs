@@ -44,8 +44,8 @@ pub(super) struct Drained {
     drained: bool,
     /// For `up_to` of the next request.
     up_to: i64,
-    /// How many dead letters are kept. Whoever takes the relay's disk away takes them with it.
-    dead_letters: u64,
+    /// How many dead letters are on the relay's disk: whoever takes that away takes them with it. Null where they are not.
+    dead_letters: Option<u64>,
     sinks: Vec<Left>,
 }
 
@@ -92,7 +92,10 @@ pub(super) async fn drain(
         seems_drained = since;
         let is_sure = since.is_some_and(|since| operated.cluster.is_none() || now - since >= FRESH);
         if is_sure || since.is_none() && now >= deadline {
-            let dead_letters = dead_letters(&operated).await?.values().sum();
+            let dead_letters = match operated.cluster {
+                None => Some(dead_letters(&operated).await?.values().sum()),
+                Some(_) => None,
+            };
             return Ok(Json(Drained { drained: is_sure, up_to: up_to.to_stored(), dead_letters, sinks }));
         }
         sleep(POLL).await;

@@ -121,27 +121,25 @@ impl Given {
         Self { left_out, ..Self::new(origin, node.unwrap_or(Node::List(Vec::new()))) }
     }
 
-    /// Puts a value where the path leads to, over what is there. Tables are merged, unless there is nothing in one.
-    ///
-    /// # Errors
-    ///
-    /// The variable that has given another value to the whole that this one is a part of.
-    pub(super) fn put<'k>(&mut self, mut path: impl Iterator<Item = &'k str>, given: Self) -> Result<(), Rc<str>> {
+    /// Puts a value where the path leads to, over what is there. Tables are merged, unless there is nothing in one. Returns
+    /// the variable, if one did, that gave another value to a whole which this one is a part of, and that is gone now.
+    pub(super) fn put<'k>(&mut self, mut path: impl Iterator<Item = &'k str>, given: Self) -> Option<Rc<str>> {
         let Some(key) = path.next() else {
             self.merge(given);
-            return Ok(());
+            return None;
         };
+        let mut replaced = None;
         if !matches!(self.node, Node::Table(_)) {
             if let Origin::Variable(name) = &self.origin {
-                return Err(Rc::clone(name));
+                replaced = Some(Rc::clone(name));
             }
             *self = Self::new(given.origin.clone(), Node::Table(BTreeMap::new()));
         }
         if let Node::Table(entries) = &mut self.node {
             let table = || Self::new(given.origin.clone(), Node::Table(BTreeMap::new()));
-            return entries.entry(key.to_owned()).or_insert_with(table).put(path, given);
+            return entries.entry(key.to_owned()).or_insert_with(table).put(path, given).or(replaced);
         }
-        Ok(())
+        replaced
     }
 
     fn merge(&mut self, given: Self) {

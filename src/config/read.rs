@@ -73,10 +73,11 @@ impl Reader<'_> {
             if path.first().is_some_and(|top| TABLES.contains(top)) {
                 let (given, problems) = Given::of_variable(&Rc::from(name.as_str()), &text, lookup);
                 let origin = given.origin.clone();
-                let whole = self.given.put(path.iter().copied(), given).err();
-                let whole = whole.map(|whole| format!("{whole} has set it as a whole; set one of the two"));
-                let problems = problems.into_iter().chain(whole);
-                problems.for_each(|problem| self.report(&origin, format!("{}: {problem}", path.join("."))));
+                let replaced = self.given.put(path.iter().copied(), given);
+                let ignored =
+                    replaced.map(|whole| format!("{whole} has no effect beside {name}, which is more precise"));
+                self.warnings.extend(ignored);
+                problems.into_iter().for_each(|problem| self.report(&origin, format!("{}: {problem}", path.join("."))));
             } else if path.len() > 1 {
                 self.problems.push(message().into());
             } else {

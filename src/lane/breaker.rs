@@ -82,10 +82,14 @@ impl Breaker {
     }
 
     /// The sink said that it is gone: no use in trying others.
-    pub(super) fn gone(&mut self, now: Instant) -> Change {
-        let was_closed = self.is_closed();
-        self.state = self.open(now, Duration::ZERO);
-        if was_closed { Change::Opened } else { Change::None }
+    pub(super) fn gone(&mut self, now: Instant, of_probe: bool) -> Change {
+        match self.state {
+            State::Closed { .. } => {
+                self.state = self.open(now, Duration::ZERO);
+                Change::Opened
+            }
+            State::Probing | State::Open { .. } => self.failed(now, Duration::ZERO, of_probe),
+        }
     }
 
     /// A probe was begun, and nothing was there to be tried.
@@ -106,8 +110,8 @@ impl Breaker {
         State::Open { probe_at: now + self.config.probe.max(asked.min(MAX_ASKED)) }
     }
 
-    /// An attempt failed; the sink has asked to be left alone for so long.
-    pub(super) fn failed(&mut self, now: Instant, asked: Duration) -> Change {
+    /// An attempt failed, which was a probe or not; the sink has asked to be left alone for so long.
+    pub(super) fn failed(&mut self, now: Instant, asked: Duration, of_probe: bool) -> Change {
         match self.state {
             State::Closed { failures } if failures + 1 < self.config.failures => {
                 self.state = State::Closed { failures: failures + 1 };
@@ -117,12 +121,12 @@ impl Breaker {
                 self.state = self.open(now, asked);
                 Change::Opened
             }
-            State::Probing => {
+            State::Probing if of_probe => {
                 self.state = self.open(now, asked);
                 Change::None
             }
             // One that was under way when the breaker opened.
-            State::Open { .. } => Change::None,
+            State::Probing | State::Open { .. } => Change::None,
         }
     }
 }
@@ -136,30 +140,42 @@ mod tests {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
         let mut breaker = Breaker::new(BreakerConfig { failures: 3, probe: 10 * second });
         let asked = Duration::ZERO;
-        assert_eq!([breaker.failed(start, asked), breaker.failed(start, asked)], [Change::None, Change::None]);
+        assert_eq!(
+            [breaker.failed(start, asked, false), breaker.failed(start, asked, false)],
+            [Change::None, Change::None]
+        );
         assert_eq!(breaker.succeeded(), Change::None);
-        assert_eq!([breaker.failed(start, asked), breaker.failed(start, asked)], [Change::None, Change::None]);
+        assert_eq!(
+            [breaker.failed(start, asked, false), breaker.failed(start, asked, false)],
+            [Change::None, Change::None]
+        );
         assert!(breaker.is_closed() && !breaker.begin_probe(start));
-        assert_eq!(breaker.failed(start, asked), Change::Opened);
+        assert_eq!(breaker.failed(start, asked, false), Change::Opened);
         assert!(!breaker.is_closed());
-        assert_eq!(breaker.failed(start + second, asked), Change::None, "late failures do not put the probe off");
+        assert_eq!(
+            breaker.failed(start + second, asked, false),
+            Change::None,
+            "late failures do not put the probe off"
+        );
         assert_eq!(breaker.probe_at(), Some(start + 10 * second));
         assert!(!breaker.begin_probe(start + 9 * second));
         assert!(breaker.begin_probe(start + 10 * second) && breaker.is_probing());
         assert!(!breaker.begin_probe(start + 99 * second), "one at a time");
-        assert_eq!(breaker.failed(start + 12 * second, asked), Change::None);
+        assert_eq!(breaker.failed(start + 11 * second, asked, false), Change::None);
+        assert!(breaker.is_probing(), "nor do they end the probe");
+        assert_eq!(breaker.failed(start + 12 * second, asked, true), Change::None);
         assert_eq!(breaker.probe_at(), Some(start + 22 * second));
         assert!(breaker.begin_probe(start + 22 * second));
-        assert_eq!(breaker.failed(start + 22 * second, 30 * second), Change::None);
+        assert_eq!(breaker.failed(start + 22 * second, 30 * second, true), Change::None);
         assert_eq!(breaker.probe_at(), Some(start + 52 * second), "not before the sink wants it");
         assert!(breaker.begin_probe(start + 52 * second));
-        assert_eq!(breaker.failed(start + 52 * second, 9999 * second), Change::None);
+        assert_eq!(breaker.failed(start + 52 * second, 9999 * second, true), Change::None);
         assert_eq!(breaker.probe_at(), Some(start + 112 * second), "but no longer than that");
         assert!(breaker.begin_probe(start + 112 * second));
         assert_eq!(breaker.succeeded(), Change::Closed);
         assert!(breaker.is_closed() && breaker.is_untroubled());
-        assert_eq!([breaker.gone(start), breaker.gone(start + second)], [Change::Opened, Change::None]);
-        assert!(!breaker.begin_probe(start + 10 * second) && breaker.begin_probe(start + 11 * second));
+        assert_eq!([breaker.gone(start, false), breaker.gone(start + second, false)], [Change::Opened, Change::None]);
+        assert!(!breaker.begin_probe(start + 9 * second) && breaker.begin_probe(start + 10 * second));
         breaker.no_probe(start + 11 * second);
         assert_eq!(breaker.probe_at(), Some(start + 21 * second));
         assert!(breaker.begin_probe(start + 21 * second));

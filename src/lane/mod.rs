@@ -13,10 +13,11 @@
 //!   and what was replayed.
 //! - A delivery that succeeds at once costs the ledger nothing: only the cursor is written, for many at a time.
 //!
-//! `order`, `window` and `parking` keep the books; `retry`, `breaker` and `rate` decide; `outcome` carries that out;
-//! `storage` speaks to the ledger, `control` to operators. `unrouted` is the lane of events that no route matches, where
+//! `order`, `window` and `parking` keep the books; `retry`, `breaker` and `rate` decide; `attempts` and `outcome` carry that
+//! out; `storage` speaks to the ledger, `control` to operators. `unrouted` is the lane of events that no route matches, where
 //! that is not settled when they are accepted. A lane does not know what kind of sink it has, nor any other lane.
 
+mod attempts;
 mod breaker;
 mod config;
 mod control;
@@ -57,7 +58,7 @@ pub use unrouted::Unrouted;
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
 use crate::ledger::{self, Account, Change, Millis, ParkedRow};
-use crate::sink::{Attempt, DeliveryError, Sink};
+use crate::sink::{DeliveryError, Sink};
 use crate::telemetry::Throttle;
 use breaker::Breaker;
 use control::{Hold, Taken};
@@ -84,6 +85,8 @@ const BURIALS_LOGGED: u32 = 10;
 const SETTLE_INTERVAL: Duration = Duration::from_millis(200);
 /// How long to wait after the journal could not be read or the ledger not written.
 const STORAGE_PAUSE: Duration = Duration::from_secs(1);
+/// The shortest wait for the rate.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 /// For how long a lane goes on that can't write how far it has come: after a crash all of it would be repeated.
 const UNWRITTEN: Duration = Duration::from_secs(5);
 /// A delivery that is due later than the longest wait and this much more was parked before the clock was set back.
@@ -160,7 +163,7 @@ pub struct Lane {
     taken: Vec<Taken>,
     settle_due: bool,
     unwritten: bool,
-    /// The cursor that was written last, and when.
+    /// The cursor that was written last, and when all was written.
     released: Position,
     released_at: Instant,
     /// Of attempts that failed, and of dead letters.
@@ -171,6 +174,7 @@ pub struct Lane {
 /// An attempt's end.
 struct Ended {
     delivery: Delivery,
+    is_probe: bool,
     result: Result<(), DeliveryError>,
     took: Duration,
 }
@@ -192,7 +196,7 @@ impl Lane {
         let hasten = kept.failing_since.take().map(|since| Change::Hasten { since, due_at: ledger::now() });
         let (name, at): (Arc<str>, _) = (name.into(), reader.position());
         let control = kept.control(&config);
-        let order = Order::new();
+        let order = Order::new(|delivery: &Delivery| !delivery.is_parked());
         let mut parking = Parking::new(Instant::now());
         for (key, count) in parked {
             parking.add(key.map(|value| order.key(&value)), count);
@@ -287,84 +291,6 @@ impl Lane {
         }
     }
 
-    /// Starts what may go: anything while the breaker is closed, else one probe when it is due.
-    fn begin_attempts(&mut self, now: Instant, storing: &mut Option<Storing>) {
-        self.limited_until = None;
-        if self.kept.paused {
-            return;
-        }
-        if !self.account.is_held() {
-            // Another may have the lane by now: writing shows whether.
-            self.settle_due |= storing.is_none() && !self.ready.is_empty();
-            return;
-        }
-        if !self.breaker.is_closed() {
-            return self.begin_probe(now, storing);
-        }
-        while self.under_way.len() < self.config.concurrency
-            && let Some(delivery) = self.ready.pop_front()
-        {
-            if self.is_too_old(&delivery) {
-                self.expire(&delivery);
-            } else if self.may_attempt(now) {
-                self.attempt(delivery);
-            } else {
-                return self.ready.push_front(delivery);
-            }
-        }
-    }
-
-    /// Takes a turn of the rate.
-    fn may_attempt(&mut self, now: Instant) -> bool {
-        self.limited_until = match &self.limit {
-            Some(limit) => limit.take().err().map(|wait| now + wait),
-            None => None,
-        };
-        self.limited_until.is_none()
-    }
-
-    /// Tries one delivery, if it is time to: preferably one that has not failed yet, because those that have may be the
-    /// only ones that the sink refuses.
-    fn begin_probe(&mut self, now: Instant, storing: &mut Option<Storing>) {
-        if self.breaker.probe_at().is_none_or(|at| now < at) {
-            return;
-        }
-        self.expire_ready();
-        let fresh = match self.may_probe_with_fresh() {
-            true => self.ready.iter().position(|delivery| !delivery.is_parked()),
-            false => None,
-        };
-        let candidate = fresh.or_else(|| self.ready.iter().position(Delivery::is_parked));
-        if let Some(candidate) = candidate {
-            if self.may_attempt(now)
-                && self.breaker.begin_probe(now)
-                && let Some(delivery) = self.ready.remove(candidate)
-            {
-                self.attempt(delivery);
-            }
-        } else if self.parking.total() > 0 && storing.is_none() && !self.settle_due && self.breaker.begin_probe(now) {
-            *storing = Some(self.fetch(true));
-        }
-    }
-
-    /// Each that fails is one more that is parked; with enough of them, they are probed with.
-    fn may_probe_with_fresh(&self) -> bool {
-        self.failing_parked.min(self.parking.total()) < MAX_FAILED_PROBES
-    }
-
-    fn attempt(&mut self, mut delivery: Delivery) {
-        if self.breaker.is_closed() {
-            delivery.due_at = None;
-        }
-        let sink = self.sink.clone();
-        self.under_way.push(Box::pin(async move {
-            let begun = Instant::now();
-            let attempt = Attempt { number: delivery.failures + 1, route: delivery.route.name(), traceparent: None };
-            let result = sink.deliver(&delivery.event, &attempt).await;
-            Ended { delivery, result, took: begun.elapsed() }
-        }));
-    }
-
     /// When there is something to do without anything happening.
     fn next_wake(&self, now: Instant) -> Option<Instant> {
         if self.kept.paused {
@@ -452,7 +378,8 @@ impl Lane {
             due_at: None,
             last_error: None,
         };
-        if self.parking.holds(key) {
+        // Where earlier ones are under way or in line, what is parked was sent again by an operator: those come first.
+        if self.parking.holds(key) && !self.order.has_fresh(key) {
             self.put_behind(&delivery);
         } else {
             self.ready.extend(self.order.admit(key, delivery));

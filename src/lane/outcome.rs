@@ -13,7 +13,7 @@ use crate::sink::{DeliveryError, Verdict};
 
 impl Lane {
     /// Takes an attempt's end.
-    pub(super) fn finish(&mut self, Ended { mut delivery, result, took }: Ended) {
+    pub(super) fn finish(&mut self, Ended { mut delivery, is_probe, result, took }: Ended) {
         let now = Instant::now();
         self.kept.meters.attempt_took(took);
         let change = match result {
@@ -33,16 +33,16 @@ impl Lane {
                         self.kept.meters.attempt_retry.inc();
                         self.warn_failed(now, &delivery, &error);
                         self.retry(delivery, time, &error, after);
-                        match error.is_of_event() {
+                        match error.is_of_event {
                             true => self.breaker.succeeded(),
-                            false => self.breaker.failed(now, after.unwrap_or_default()),
+                            false => self.breaker.failed(now, after.unwrap_or_default(), is_probe),
                         }
                     }
                     Verdict::Gone => {
                         self.kept.meters.attempt_gone.inc();
                         error!(sink = %self.name, error = %error.text, "the sink wants no more events; it is only probed until it does");
                         self.retry(delivery, time, &error, None);
-                        self.breaker.gone(now)
+                        self.breaker.gone(now, is_probe)
                     }
                     Verdict::Reject => {
                         self.kept.meters.attempt_reject.inc();

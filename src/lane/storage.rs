@@ -31,6 +31,9 @@ impl Lane {
     /// Starts to write what is settled when it is time to; or else, while the lane is running, to look for deliveries that
     /// are due.
     pub(super) fn begin_storing(&mut self, now: Instant, running: bool, storing: &mut Option<Storing>) {
+        if self.window.cursor() == self.released {
+            self.released_at = now;
+        }
         if storing.is_some() {
             return;
         }
@@ -142,18 +145,11 @@ impl Lane {
         }
     }
 
-    /// Tries the delivery that was fetched to probe with; without one, others may be left.
+    /// Looks at once for what to probe with, if something was found, or others may be left.
     fn fetched_probe(&mut self, found: bool, others_left: bool, now: Instant) {
-        if others_left {
-            self.breaker.probe_anew(now);
-        } else if !found || !self.account.is_held() || self.kept.paused || !self.breaker.is_probing() {
-            self.breaker.no_probe(now);
-        } else if self.expire_ready() {
-            self.breaker.probe_anew(now);
-        } else if let Some(delivery) = self.ready.pop_back() {
-            self.attempt(delivery);
-        } else {
-            self.breaker.no_probe(now);
+        match found || others_left {
+            true => self.breaker.probe_anew(now),
+            false => self.breaker.no_probe(now),
         }
     }
 }

@@ -2,17 +2,18 @@
 //! who finds out about the gap in the rules can still replay them. With `keep = false` they are only counted.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{error, warn};
 
 use super::control::{self, Command, Control, Hold};
 use super::source::{Batch, Filter, Found, Source};
-use super::{Beginning, Course, Metrics, Phase, Remains, SETTLE_INTERVAL, STORAGE_PAUSE, delivery};
+use super::{Beginning, Course, Metrics, Phase, Remains, SETTLE_INTERVAL, STORAGE_PAUSE, delivery, pending_or};
 use crate::journal::{Position, ReadError};
-use crate::ledger::{Account, Change, Progress};
+use crate::ledger::{Account, Change, LedgerError, Progress};
 use crate::routing::UNROUTED;
 use crate::telemetry::Throttle;
 
@@ -31,6 +32,16 @@ pub struct Unrouted {
     hold: Hold,
     commands: mpsc::Receiver<Command>,
     warnings: Throttle,
+}
+
+/// What the ledger is doing for the lane.
+type Writing = BoxFuture<'static, Wrote>;
+
+/// What it has done.
+struct Wrote {
+    cursor: Position,
+    letters: Vec<Change>,
+    result: Result<(), LedgerError>,
 }
 
 impl Unrouted {
@@ -56,6 +67,7 @@ impl Unrouted {
 
     /// Keeps what no route matches, until `phase` says to end.
     pub async fn run(mut self, mut phase: watch::Receiver<Phase>) -> Remains {
+        let mut writing: Option<Writing> = None;
         loop {
             let has_to_write = self.read_to != self.written;
             let running = match *phase.borrow() {
@@ -63,18 +75,30 @@ impl Unrouted {
                 Phase::Finishing if has_to_write => false,
                 Phase::Finishing | Phase::Ending => break,
             };
+            if has_to_write && writing.is_none() && self.write_at <= Instant::now() {
+                writing = Some(self.write());
+            }
             self.hold.answer(self.source.position(), self.written);
             let wants_more = running && self.letters.is_empty();
             tokio::select! {
                 biased;
                 changed = phase.changed() => if changed.is_err() { break },
                 Some(command) = self.commands.recv() => self.obey(command),
-                () = sleep_until(self.write_at.into()), if has_to_write => self.write().await,
+                wrote = pending_or(writing.as_mut()) => {
+                    writing = None;
+                    self.wrote(wrote);
+                }
+                () = sleep_until(self.write_at.into()), if has_to_write && writing.is_none() => {}
                 batch = self.source.next(), if self.hold.may_read(wants_more) => self.take(batch),
             }
         }
+        if let Some(writing) = writing {
+            let wrote = writing.await;
+            self.wrote(wrote);
+        }
         if self.read_to != self.written {
-            self.write().await;
+            let wrote = self.write().await;
+            self.wrote(wrote);
         }
         Remains { unread: vec![(self.written, self.source.watch_end())], parked: 0, kept: None }
     }
@@ -128,17 +152,27 @@ impl Unrouted {
         }
     }
 
-    /// Writes how far the lane has come, with what it has found. What can't be written is tried again later.
-    async fn write(&mut self) {
-        let progress = Progress { cursor: self.read_to, ahead: Vec::new() };
-        let pause = match self.account.settle(progress, self.letters.clone()).await {
-            Ok(_) => {
-                self.letters.clear();
-                self.written = self.read_to;
-                self.source.release(self.written);
-                SETTLE_INTERVAL
+    /// Writes how far the lane has come, with what it has found.
+    fn write(&mut self) -> Writing {
+        let (account, cursor, letters) = (self.account.clone(), self.read_to, std::mem::take(&mut self.letters));
+        Box::pin(async move {
+            let result = account.settle(Progress { cursor, ahead: Vec::new() }, letters.clone()).await;
+            Wrote { cursor, letters, result: result.map(drop) }
+        })
+    }
+
+    /// Takes what has become of it. What can't be written is tried again later.
+    fn wrote(&mut self, Wrote { cursor, mut letters, result }: Wrote) {
+        let pause = match result {
+            Ok(()) => {
+                self.written = cursor;
+                self.source.release(cursor);
+                // What was found meanwhile keeps the lane from reading on.
+                if self.letters.is_empty() { SETTLE_INTERVAL } else { Duration::ZERO }
             }
             Err(error) => {
+                letters.append(&mut self.letters);
+                self.letters = letters;
                 warn!(sink = UNROUTED, %error, "what no route matches can't be written; trying again");
                 STORAGE_PAUSE
             }

@@ -306,7 +306,7 @@ fn unpark(transaction: &Transaction<'_>, id: i64, now: Millis) -> rusqlite::Resu
     let position = row.as_ref().map(|(_, _, position)| Position::from_stored(*position));
     if let Some((lane, Some(key), _)) = row {
         let mut promote = transaction.prepare_cached(
-            "UPDATE parked SET due_at = ?3 WHERE due_at IS NULL
+            "UPDATE parked SET due_at = max(?3, coalesce(asked_until, ?3)) WHERE due_at IS NULL
              AND id = (SELECT min(id) FROM parked WHERE lane = ?1 AND key = ?2)",
         )?;
         promote.execute(params![lane, key, now])?;

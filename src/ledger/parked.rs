@@ -135,7 +135,8 @@ fn followers(
         return Ok(());
     }
     let mut statement = connection.prepare_cached(
-        "SELECT id, key, position, route, attempts, since, first_failed_at, error_kind, error, record FROM parked
+        "SELECT id, key, position, route, attempts, since, first_failed_at, error_kind, error, record, asked_until
+         FROM parked
          WHERE lane = ?1 AND key = ?2 AND id > ?3 ORDER BY id LIMIT ?4",
     )?;
     let mut rows = statement.query(params![lane, key, after, CHAIN])?;
@@ -143,8 +144,9 @@ fn followers(
     while bytes < MAX_BYTES
         && let Some(row) = rows.next()?
     {
-        if wanted.except.contains(&row.get(0)?) {
-            // It is on its way already, and so are those after it.
+        // It is on its way already, and so are those after it; or it has to wait, and they with it.
+        let asked_until: Option<Millis> = row.get(10)?;
+        if wanted.except.contains(&row.get(0)?) || asked_until.is_some_and(|until| until > wanted.now) {
             break;
         }
         let follower = read(row)?;

@@ -27,6 +27,9 @@ use crate::rules::Rules;
 use crate::sink::BuildError;
 use crate::telemetry::Traces;
 
+/// After the ledger could not say where a lane goes on.
+const LEDGER_PAUSE: Duration = Duration::from_secs(1);
+
 /// All lanes.
 pub(super) struct Lanes {
     journal: View,
@@ -158,33 +161,67 @@ impl Lanes {
     ///
     /// # Errors
     ///
-    /// It was not expected to end, or none can go on in its place.
+    /// It was not expected to end.
     pub(super) async fn go_on(&mut self, Ended(ended): Ended) -> Result<(), RunError> {
         let (name, remains) = ended.map_err(|error| RunError::Lane(error.to_string()))?;
-        let Some(ended) = self.running.remove(&name) else { return Err(RunError::Lane(name)) };
-        let Running { carries, then, unread, .. } = ended;
-        let progress = match then {
-            Then::Fail => return Err(RunError::Lane(name)),
-            Then::Start(_) | Then::Close => self.ledger.progress(&name).await?,
+        // The lane stays noted until another keeps what it has not read: this may be dropped while it waits.
+        let next = match self.running.get(&name).map(|running| &running.then) {
+            None | Some(Then::Fail) => return Err(RunError::Lane(name)),
+            Some(Then::Start(next)) => Some((next.start(), next.order_by())),
+            Some(Then::Close) => None,
         };
-        tokio::spawn(async move { carries.close().await });
-        match then {
-            Then::Fail => {}
-            Then::Start(next) => {
-                let beginning = self.beginning(&name, progress, next.start(), next.order_by()).await?;
-                self.spawn(name, next, beginning, remains.kept);
+        let begins = match next {
+            Some((start, order_by)) => Some(self.beginning_again(&name, start, order_by, remains.kept).await),
+            None => {
+                self.close_ended(&name).await;
+                None
             }
-            Then::Close => {
-                let cursor = progress.map_or(self.journal.end(), |progress| progress.cursor);
-                if let Err(error) = self.close_lane(&name, cursor).await {
-                    error!(sink = %name, %error, "a sink that is no longer in the rules could not be closed; that is tried again at the next start");
+        };
+        if let Some(Running { carries, then, unread, .. }) = self.running.remove(&name) {
+            tokio::spawn(async move { carries.close().await });
+            if let (Then::Start(next), Some((beginning, kept))) = (then, begins) {
+                self.spawn(name, next, beginning, kept);
+            }
+            drop(unread);
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// Where a lane begins that takes another's place, and what it takes over. What the ledger can't do now it may do soon;
+    /// meanwhile nobody waits for answers of the lane.
+    async fn beginning_again(
+        &self,
+        name: &str,
+        start: StartAt,
+        order_by: OrderBy,
+        mut kept: Option<Kept>,
+    ) -> (Beginning, Option<Kept>) {
+        loop {
+            let begun = async {
+                let progress = self.ledger.progress(name).await?;
+                self.beginning(name, progress, start, order_by).await
+            };
+            match begun.await {
+                Ok(beginning) => return (beginning, kept),
+                Err(error) => {
+                    kept = kept.map(Kept::put_by);
+                    warn!(sink = name, %error, "a changed sink can't go on yet; trying again");
+                    sleep(LEDGER_PAUSE).await;
                 }
             }
         }
-        // Only now: another lane keeps it, or nobody will.
-        drop(unread);
-        self.publish();
-        Ok(())
+    }
+
+    /// Closes the lane of a sink that is gone.
+    async fn close_ended(&self, name: &str) {
+        let closed = async {
+            let cursor = self.ledger.progress(name).await?.map_or(self.journal.end(), |progress| progress.cursor);
+            self.close_lane(name, cursor).await
+        };
+        if let Err(error) = closed.await {
+            error!(sink = %name, %error, "a sink that is no longer in the rules could not be closed; that is tried again at the next start");
+        }
     }
 
     /// What other rules mean for the lanes. Nothing has changed yet.
@@ -361,7 +398,9 @@ impl Lanes {
     /// Lets a lane finish what is under way, for a time.
     fn end(&mut self, name: &str, then: Then) {
         let Some(running) = self.running.get_mut(name) else { return };
-        running.then = then;
+        if let Then::Start(never) = std::mem::replace(&mut running.then, then) {
+            tokio::spawn(async move { never.close().await });
+        }
         if *running.phase.borrow() != Phase::Running {
             return;
         }

@@ -167,8 +167,9 @@ impl Sink {
         Self { traces: traces.cloned(), ..self }
     }
 
-    /// Makes one attempt. It ends within the sink's `timeout` (a broker that blocks publishers stops that clock), and
-    /// may be dropped at any time: the event may then have arrived or not.
+    /// Makes one attempt. It ends within the sink's `timeout`: but a broker that blocks publishers stops that clock, a
+    /// record that Kafka refuses with others is sent again by itself, and a standard output that nobody reads has no limit.
+    /// It may be dropped at any time: the event may then have arrived or not.
     ///
     /// # Errors
     ///
@@ -244,6 +245,8 @@ pub struct DeliveryError {
     pub kind: Cow<'static, str>,
     /// For people. Without secrets, bodies and values of the event.
     pub text: String,
+    /// Whether the sink is there and only the place that this event names is missing: no reason to hold others back.
+    pub is_of_event: bool,
 }
 
 /// The longest time that the other side may ask to be left alone for.
@@ -265,12 +268,11 @@ pub enum Verdict {
 
 impl DeliveryError {
     fn retry(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
-        Self { verdict: Verdict::Retry { after: None }, kind: kind.into(), text: text.into() }
+        Self::new(Verdict::Retry { after: None }, kind, text)
     }
 
-    /// Whether the sink is there and only this event's place in it is missing: no reason to hold other events back.
-    pub fn is_of_event(&self) -> bool {
-        matches!(&*self.kind, "no_exchange" | "unknown_topic")
+    fn new(verdict: Verdict, kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
+        Self { verdict, kind: kind.into(), text: text.into(), is_of_event: false }
     }
 
     /// The HTTP status that stands behind it, if one does.
@@ -279,11 +281,11 @@ impl DeliveryError {
     }
 
     fn gone(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
-        Self { verdict: Verdict::Gone, kind: kind.into(), text: text.into() }
+        Self::new(Verdict::Gone, kind, text)
     }
 
     fn reject(kind: impl Into<Cow<'static, str>>, text: impl Into<String>) -> Self {
-        Self { verdict: Verdict::Reject, kind: kind.into(), text: text.into() }
+        Self::new(Verdict::Reject, kind, text)
     }
 }
 

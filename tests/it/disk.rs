@@ -99,9 +99,10 @@ async fn what_is_unread_stays_while_the_relay_stops() {
 async fn without_descriptors_the_journal_goes_on() {
     let setup = Setup::new("[sinks.out]\ntype = \"stdout\"\n[[routes]]\nto = [\"out\"]\n")
         .env("RELAY_JOURNAL__SEGMENT", "64KiB")
-        .env("RELAY_JOURNAL__RETENTION", "0s")
+        .env("RELAY_JOURNAL__MAX_DISK", "1MiB")
         .wrapped(["prlimit", "--nofile=64:128"]);
     let relay = setup.start().await;
+    let segments = || std::fs::read_dir(setup.dir().join("data/journal")).unwrap().count();
     let client = Client::http1(relay.address()).await;
     let send = async |from: u32| {
         let events: Vec<_> = (from..from + 100).map(|number| event(number, "sent")).collect();
@@ -109,6 +110,11 @@ async fn without_descriptors_the_journal_goes_on() {
         assert!([200, 503].contains(&answer.status), "{answer:?}");
         answer.status == 200
     };
+    // Until old segments have to be used again.
+    for number in 0..40 {
+        send(10_000 + number * 100).await;
+    }
+    let before = segments();
     let idle = futures_util::future::join_all((0..200).map(|_| Raw::connect(relay.address()))).await;
     eventually("all to be used up", async || {
         relay.log().iter().any(|line| line.to_string().contains("not be accepted"))
@@ -118,6 +124,7 @@ async fn without_descriptors_the_journal_goes_on() {
     for number in 0..20 {
         send(number * 100).await;
     }
+    assert!(before > 10 && segments() + 3 > before, "{before} files, and {} now", segments());
     drop(idle);
     eventually("it to accept again", async || send(4000).await).await;
     relay.stop().await;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::brokers::{Arrived, Inbox, field, receiver};
@@ -118,6 +119,44 @@ async fn failed_deliveries_are_tried_again_and_hold_up_only_their_own_message() 
     let (failed, others) = (median(&mut failed), median(&mut others));
     eprintln!("messages that fail: median {failed:.1?}; others: {others:.1?}");
     assert!(others * 3 < failed, "others are held up: {others:?}, against {failed:?} for those that fail");
+}
+
+/// What an operator sends again comes in between, and keeps the others of its key in their order.
+#[tokio::test]
+async fn a_replay_does_not_change_the_order_of_its_key() {
+    const SLOW: Duration = Duration::from_secs(5);
+    let failed = AtomicBool::new(false);
+    let (server, inbox) = receiver(move |request| {
+        match field(&request.body, "/message_id").ends_with("-2") && !failed.swap(true, Ordering::Relaxed) {
+            true => Reply::After(SLOW, 503),
+            false => Reply::Status(200),
+        }
+    })
+    .await;
+    let rules =
+        sink("http", &server, "delivery = { order_by = \"sender_id\", schedule = [\"500ms\"] }") + &all_to(&["http"]);
+    let relay = Setup::new(&rules).start().await;
+    let post = async |number: u32| {
+        let body = format!(
+            "{{\"message_id\":\"m-{number}\",\"message_status\":\"sent\",\"channel\":{{\"sender_id\":\"1\"}}}}"
+        );
+        relay.post(body).await.ids()
+    };
+    let first = post(1).await;
+    inbox.wait_for_ids("HTTP", first).await;
+    let begun = Instant::now();
+    post(2).await;
+    post(3).await;
+    relay.sink_is("http", "has begun the second", |sink| sink["in_flight"] == 1).await;
+    let replay = relay.command_json(&["replay", "--sink", "http", "--when", "\"/message_id\" = \"m-1\""]).await;
+    assert_eq!(replay["replayed"], 1);
+    post(4).await;
+    assert!(begun.elapsed() < SLOW, "the second was to be under way all the time");
+    let arrived = inbox.wait("all, one twice", |arrived| arrived.all.len() == 5).await;
+    let order: Vec<_> = arrived.all.iter().map(|arrival| arrival.field("/message_id")).collect();
+    let without = |again: &str| order.iter().skip(1).filter(|id| *id != again).cloned().collect::<Vec<_>>();
+    assert_eq!(without("m-1"), ["m-2", "m-3", "m-4"], "{order:?}");
+    relay.stop().await;
 }
 
 /// A sink with one event that never succeeds, and nothing else to do, still takes the next one.

@@ -240,3 +240,29 @@ async fn a_missing_exchange_holds_up_no_other_and_gets_its_events_when_it_is_dec
     relay.stop().await;
     assert_eq!((one.inbox.now().repeated(), two.inbox.now().repeated()), (0, 0));
 }
+
+/// Each exchange that is not there costs a channel, of which a connection has only so many.
+#[tokio::test]
+async fn many_missing_exchanges_are_not_taken_for_one_that_is_there() {
+    let (url, name) = (shared_amqp(), unique("channels"));
+    let exchange = format!("{name}.there");
+    Amqp::declare(&url, &exchange, &exchange).await;
+    let there = AmqpReader::new(&url, &exchange);
+    let rules = format!(
+        "[sinks.ops]\ntype = \"rabbitmq\"\nurls = [\"{url}?channel_max=16\"]\nexchange = \"{name}.{{status}}\"\n\
+         routing_key = \"x\"\ndelivery = {{ max_attempts = 5, schedule = [\"100ms\"] }}\n[[routes]]\nto = [\"ops\"]\n"
+    );
+    let relay = Setup::new(&rules).start().await;
+    for number in 0..40 {
+        relay.post(event(number, &format!("missing-{number}"))).await.ids();
+        let ids = relay.post(event(100 + number, "there")).await.ids();
+        there.inbox.wait_for_ids("the exchange that is there", ids).await;
+    }
+    relay.sink_is("ops", "has given up the others", |sink| sink["dead_letters"] == 40).await;
+    let letters = relay.get("/api/v1/dead-letters").await;
+    let letters = letters["dead_letters"].as_array().unwrap();
+    assert!(letters.iter().all(|letter| letter["error_kind"] == "no_exchange"), "{letters:#?}");
+    assert!(!relay.logged("something was refused; connecting anew").is_empty());
+    assert_eq!(relay.logged("connection lost").len(), 0);
+    relay.stop().await;
+}

@@ -243,7 +243,7 @@ impl View {
         Appender::new(Arc::clone(&self.0))
     }
 
-    /// A reader, which keeps all entries from its position on until it releases them, or is dropped.
+    /// A reader, which keeps all entries from its position on until it releases them, or it and its [`Hold`] are dropped.
     pub fn reader(&self, start: Start) -> Reader {
         Reader::new(Arc::clone(&self.0), start)
     }

@@ -20,6 +20,9 @@ use super::{Segment, Shared, lock, segment};
 /// How often free space and retention are looked at.
 pub(super) const INTERVAL: Duration = Duration::from_secs(1);
 
+/// Why there is no spare.
+const NO_DESCRIPTOR: &str = "the process has no file descriptor left";
+
 /// How many files at most are kept ready; only one is made anew.
 const MAX_SPARES: usize = 2;
 
@@ -174,8 +177,12 @@ impl Keeper {
         }
         let min_free = self.shared.config.min_free_disk.as_u64();
         // Some file systems show only later what a removed file has freed.
-        let mut freed = 0;
-        while free_disk(&self.shared.dir)?.saturating_add(freed) < min_free {
+        let mut known = 0;
+        loop {
+            known = known.max(free_disk(&self.shared.dir)?);
+            if known >= min_free {
+                break;
+            }
             let Some(old) = self.take_unneeded(|_| true) else {
                 let reason = format!("less than {} of disk is free", ByteSize::b(min_free));
                 self.shared.set_full(Some(reason));
@@ -185,7 +192,7 @@ impl Keeper {
                 return Ok(());
             };
             std::fs::remove_file(&old.path)?;
-            freed += old.size;
+            known += old.size;
         }
         // It may have been more before the last start.
         while self.shared.disk_bytes() > self.shared.config.max_disk.as_u64()
@@ -211,16 +218,20 @@ impl Keeper {
             match segment::create_zeroed(&path, size) {
                 Ok(file) => return Ok(Ok(Spare { file, path, size })),
                 Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {}
-                // They are used up by others, and not for ever.
-                Err(e) if lacks_descriptors(&e) => return Ok(Err("the process has no file descriptor left".into())),
+                Err(e) if lacks_descriptors(&e) => return Ok(Err(NO_DESCRIPTOR.into())),
                 Err(e) => return Err(e),
             }
         }
         while let Some(old) = self.take_unneeded(|_| true) {
-            if let Some(spare) = self.recycle(&old)? {
-                return Ok(Ok(spare));
+            match self.recycle(&old) {
+                Ok(Some(spare)) => return Ok(Ok(spare)),
+                Ok(None) => std::fs::remove_file(&old.path)?,
+                Err(error) if lacks_descriptors(&error) => {
+                    self.shared.segments().list.push_front(old);
+                    return Ok(Err(NO_DESCRIPTOR.into()));
+                }
+                Err(error) => return Err(error),
             }
-            std::fs::remove_file(&old.path)?;
         }
         Ok(Err("no segment can be given up, and max_disk or the disk has no room for another".into()))
     }
@@ -248,24 +259,26 @@ impl Keeper {
     }
 
     fn give_up(&mut self, old: &Segment) -> io::Result<()> {
-        if self.shared.spare.has_room()
-            && let Some(spare) = self.recycle(old)?
-        {
-            self.shared.spare.put(Ok(spare));
-            return Ok(());
+        if self.shared.spare.has_room() {
+            match self.recycle(old) {
+                Ok(Some(spare)) => {
+                    self.shared.spare.put(Ok(spare));
+                    return Ok(());
+                }
+                Ok(None) => {}
+                Err(error) if lacks_descriptors(&error) => {}
+                Err(error) => return Err(error),
+            }
         }
         std::fs::remove_file(&old.path)
     }
 
-    /// Makes a spare of a segment, if it has the right length and can be opened.
+    /// Makes a spare of a segment, if it has the right length.
     fn recycle(&mut self, old: &Segment) -> io::Result<Option<Spare>> {
         if old.size != self.shared.config.segment.as_u64() {
             return Ok(None);
         }
-        let file = match segment::open(&old.path) {
-            Err(error) if lacks_descriptors(&error) => return Ok(None),
-            file => file?,
-        };
+        let file = segment::open(&old.path)?;
         let path = self.spare_path();
         std::fs::rename(&old.path, &path)?;
         self.shared.folder.sync_all()?;
@@ -281,6 +294,7 @@ impl Drop for Keeper {
     }
 }
 
+/// Others have used them up, and not for ever: no reason to fail.
 fn lacks_descriptors(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
 }

@@ -144,7 +144,8 @@ fn follow(follower: &mut Follower, reader: &Mutex<Reader>, found: &mut Vec<(i64,
     if found.is_empty() {
         return;
     }
-    match note(lock(reader).connection(), found) {
+    let noted = note(lock(reader).connection(), found);
+    match noted {
         Ok(()) => found.clear(),
         Err(error) => {
             error!(%error, "dead letters can't be noted; trying again");

@@ -167,12 +167,15 @@ impl Kafka {
     /// on its own is hopeless.
     pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
         let record = self.config.record(event, attempt, SystemTime::now(), View::Real)?;
-        match self.batched.send(&record).await {
+        let sent = match self.batched.send(&record).await {
             Err(error) if verdict::may_be_of_batch(error) => self.single.send(&record).await,
-            result => result,
-        }
-        .map(drop)
-        .map_err(Into::into)
+            sent => sent,
+        };
+        sent.map(drop).map_err(|error| {
+            let error = DeliveryError::from(error);
+            let varies = self.config.topic.as_literal().is_none();
+            DeliveryError { is_of_event: varies && error.kind == verdict::UNKNOWN_TOPIC, ..error }
+        })
     }
 
     pub(super) async fn close(&self) {

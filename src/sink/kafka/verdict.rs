@@ -7,6 +7,9 @@ use rdkafka::error::RDKafkaErrorCode as Code;
 use super::super::{DeliveryError, Verdict};
 use crate::kafka::SendError;
 
+/// The kind of a missing topic.
+pub(super) const UNKNOWN_TOPIC: &str = "unknown_topic";
+
 /// Whether the record may have been refused for the batch it was in: for how large that is, or for another record in it.
 pub(super) fn may_be_of_batch(error: SendError) -> bool {
     matches!(
@@ -28,7 +31,7 @@ impl From<SendError> for DeliveryError {
 
 fn judge(code: Code) -> DeliveryError {
     let verdict = if is_hopeless(code) { Verdict::Reject } else { Verdict::Retry { after: None } };
-    DeliveryError { verdict, kind: kind(code), text: code.to_string() }
+    DeliveryError::new(verdict, kind(code), code.to_string())
 }
 
 /// Whether the record itself is at fault, so that sending it again cannot help. Everything else may pass: brokers come
@@ -55,7 +58,7 @@ fn kind(code: Code) -> Cow<'static, str> {
         Code::PolicyViolation => "policy_violation",
         Code::MessageTimedOut | Code::RequestTimedOut | Code::OperationTimedOut | Code::TimedOutQueue => "timeout",
         Code::QueueFull => "queue_full",
-        Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => "unknown_topic",
+        Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => UNKNOWN_TOPIC,
         Code::NotEnoughReplicas | Code::NotEnoughReplicasAfterAppend | Code::ISRInsufficient => "not_enough_replicas",
         Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed => "not_authorized",
         Code::Authentication | Code::SaslAuthenticationFailed => "authentication",

@@ -2,10 +2,10 @@
 //!
 //! lapin can recover connections by itself; that is left off, because it does not work with confirms.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::iter;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
@@ -40,6 +40,8 @@ const LASTED: Duration = Duration::from_secs(10);
 const QUEUED_JOBS: usize = 256;
 /// Exchanges remembered as existing. Templates can make more names than that.
 const KNOWN_EXCHANGES: usize = 1024;
+/// For how long one that was not there is not looked for again.
+const MISSING_FOR: Duration = Duration::from_secs(1);
 /// Messages on channels of their own at once.
 const MAX_ALONE: usize = 8;
 
@@ -83,6 +85,12 @@ impl Link {
         }
     }
 
+    /// Waits until this connection is no longer the one that is used.
+    pub(super) async fn another_than(&self, session: &Arc<Session>) {
+        let is_this = |state: &State| matches!(state, State::Up(up) if Arc::ptr_eq(up, session));
+        drop(self.state.clone().wait_for(|state| !is_this(state)).await);
+    }
+
     /// Publishes a message and waits for what the broker says about it.
     pub(super) async fn publish(&self, message: Message) -> Result<(), DeliveryError> {
         let lost = || verdict::lost("it has ended");
@@ -121,15 +129,21 @@ pub(super) struct Session {
     unsaid: Unsaid,
     /// Exchanges that were there when they were last looked for.
     exchanges: RwLock<HashSet<String>>,
+    /// Those that were not there, and when that was.
+    missing: Mutex<HashMap<String, Instant>>,
     looking: tokio::sync::Mutex<()>,
+    /// How many channels a refusal has closed: lapin uses none of their numbers again.
+    refusals: AtomicUsize,
+    /// Told when too few are left.
+    worn: Notify,
     /// Closes itself when the last is dropped. While the connection is being closed, now and then neither would end.
     _channel: Channel,
     _cut: Cut,
 }
 
 impl Session {
-    /// Makes sure that a message can be published at all.
-    pub(super) async fn admit(&self, message: &Message) -> Result<(), DeliveryError> {
+    /// Makes sure that a message can be published at all; whether it can on this connection.
+    pub(super) async fn admit(&self, message: &Message) -> Result<bool, DeliveryError> {
         if message.frame_len() > self.connection.configuration().frame_max() as usize {
             return Err(DeliveryError::reject("headers_too_large", "the headers are larger than a frame may be"));
         }
@@ -158,33 +172,47 @@ impl Session {
     }
 
     /// Makes sure that a message's exchange exists, on a channel of its own: publishing to a missing one closes the
-    /// channel, and would put everything in doubt that is under way on it.
-    async fn require_exchange(&self, message: &Message) -> Result<(), DeliveryError> {
+    /// channel, and would put everything in doubt that is under way on it. False: another connection is needed for that.
+    async fn require_exchange(&self, message: &Message) -> Result<bool, DeliveryError> {
         let name = &message.exchange;
         if name.is_empty() || self.knows(name) {
-            return Ok(());
+            return Ok(true);
         }
         let _one_at_a_time = self.looking.lock().await;
         if self.knows(name) {
-            return Ok(());
+            return Ok(true);
         }
-        let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
-        let check = async {
-            let channel = self.connection.create_channel().await?;
-            channel.exchange_declare(short(name), ExchangeKind::Direct, passive, FieldTable::default()).await
+        if self.misses(name) {
+            return Err(verdict::no_exchange(message));
+        }
+        let channel = match self.connection.create_channel().await {
+            Ok(channel) => channel,
+            // What it says is of another channel that had the number.
+            Err(_) if self.connection.status().connected() && self.refusals.load(Ordering::Relaxed) > 0 => {
+                self.worn.notify_one();
+                return Ok(false);
+            }
+            // On the next connection it shows whether the exchange exists; or there may be no other channel than that for
+            // messages, and there it shows.
+            Err(_) => return Ok(true),
         };
-        match check.await {
+        let passive = ExchangeDeclareOptions { passive: true, ..Default::default() };
+        match channel.exchange_declare(short(name), ExchangeKind::Direct, passive, FieldTable::default()).await {
             Ok(()) => {}
-            Err(error) if error.is_amqp_soft_error() => return Err(self.refused(&error, message)),
-            // The connection has ended: on the next one it shows whether the exchange exists.
-            Err(_) => return Ok(()),
+            Err(error) if error.is_amqp_soft_error() => {
+                let refused = self.refused(&error, message);
+                self.note_refusal(name, &refused);
+                return Err(refused);
+            }
+            // The connection has ended.
+            Err(_) => return Ok(true),
         }
         let mut exchanges = self.exchanges.write().unwrap_or_else(PoisonError::into_inner);
         if exchanges.len() >= KNOWN_EXCHANGES {
             exchanges.clear();
         }
         exchanges.insert(name.clone());
-        Ok(())
+        Ok(true)
     }
 
     fn refused(&self, error: &lapin::Error, message: &Message) -> DeliveryError {
@@ -193,6 +221,30 @@ impl Session {
 
     fn knows(&self, exchange: &str) -> bool {
         self.exchanges.read().unwrap_or_else(PoisonError::into_inner).contains(exchange)
+    }
+
+    /// Whether an exchange was not there a moment ago.
+    fn misses(&self, exchange: &str) -> bool {
+        let missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        missing.get(exchange).is_some_and(|since| since.elapsed() < MISSING_FOR)
+    }
+
+    /// Remembers that an exchange was not there, and counts the channel that it took to find out.
+    fn note_refusal(&self, exchange: &str, refused: &DeliveryError) {
+        if verdict::is_no_exchange(refused) {
+            let mut missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+            if missing.len() >= KNOWN_EXCHANGES {
+                missing.clear();
+            }
+            missing.insert(exchange.to_owned(), Instant::now());
+        }
+        let most = match self.connection.configuration().channel_max() {
+            0 => usize::from(u16::MAX),
+            most => most.into(),
+        };
+        if self.refusals.fetch_add(1, Ordering::Relaxed) >= most / 2 {
+            self.worn.notify_one();
+        }
     }
 }
 
@@ -211,14 +263,19 @@ async fn maintain(
                 let since = Instant::now();
                 info!(sink = dialer.name, broker = %dialer.url(), "connected");
                 state.send_replace(State::Up(Arc::clone(&session)));
-                let (status, events) = (session.connection.status(), session.connection.events_listener());
+                let (connection, events) = (session.connection.status(), session.connection.events_listener());
                 session.find_out(unclear).await;
-                let ended =
-                    publisher::run(&dialer.name, status, &channel, events, &mut jobs, &blocked, &dialer.unsaid).await;
+                let line =
+                    publisher::Line { sink: &dialer.name, connection, channel: &channel, unsaid: &dialer.unsaid };
+                let ended = publisher::run(&line, events, session.worn.notified(), &mut jobs, &blocked).await;
                 blocked.send_replace(false);
                 unclear = ended.unclear;
-                if !unclear.is_empty() {
-                    info!(sink = dialer.name, reason = ended.reason, "a message was refused; connecting anew");
+                if !unclear.is_empty() || ended.is_worn {
+                    info!(sink = dialer.name, reason = ended.reason, "something was refused; connecting anew");
+                    if ended.is_worn {
+                        state.send_replace(State::Connecting);
+                        tokio::time::sleep(BACKOFF.0).await;
+                    }
                     continue;
                 }
                 warn!(sink = dialer.name, broker = %dialer.url(), reason = ended.reason, "connection lost");
@@ -325,7 +382,9 @@ impl Dialer {
         }
         let (looking, unsaid) = (tokio::sync::Mutex::new(()), self.unsaid.clone());
         let (exchanges, kept) = (exchanges.into(), channel.clone());
-        let session = Session { connection, unsaid, exchanges, looking, _channel: kept, _cut: cut };
+        let (missing, refusals, worn) = (Mutex::default(), AtomicUsize::new(0), Notify::new());
+        let session =
+            Session { connection, unsaid, exchanges, missing, looking, refusals, worn, _channel: kept, _cut: cut };
         Ok((Arc::new(session), channel))
     }
 }

@@ -245,8 +245,13 @@ impl RabbitMq {
     pub(super) async fn deliver(&self, event: &Event, attempt: &Attempt<'_>) -> Result<(), DeliveryError> {
         let message = self.config.message(event, attempt, SystemTime::now(), View::Real)?;
         let mut publish = pin!(async {
-            let session = self.link.session().await?;
-            session.admit(&message).await?;
+            loop {
+                let session = self.link.session().await?;
+                if session.admit(&message).await? {
+                    break;
+                }
+                self.link.another_than(&session).await;
+            }
             self.link.publish(message).await
         });
         // By reference, or the attempt would take twice the memory.

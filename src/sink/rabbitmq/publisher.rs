@@ -47,19 +47,28 @@ pub(super) struct Ended {
     pub(super) reason: String,
     /// One of these messages was refused, and which is not known; their attempts have not been told anything.
     pub(super) unclear: Vec<Job>,
+    /// Nothing is wrong: another connection was asked for.
+    pub(super) is_worn: bool,
 }
 
-/// Publishes what comes from `jobs` until the channel or the connection ends.
+/// What messages are published on.
+pub(super) struct Line<'c> {
+    pub(super) sink: &'c str,
+    pub(super) connection: &'c ConnectionStatus,
+    pub(super) channel: &'c Channel,
+    pub(super) unsaid: &'c Unsaid,
+}
+
+/// Publishes what comes from `jobs` until the channel or the connection ends, or is worn out.
 pub(super) async fn run(
-    sink: &str,
-    connection: &ConnectionStatus,
-    channel: &Channel,
+    Line { sink, connection, channel, unsaid }: &Line<'_>,
     events: impl Stream<Item = Event>,
+    worn: impl Future<Output = ()>,
     jobs: &mut mpsc::Receiver<Job>,
     blocked: &watch::Sender<bool>,
-    unsaid: &Unsaid,
 ) -> Ended {
-    let mut events = pin!(events);
+    let (mut events, mut worn) = (pin!(events), pin!(worn));
+    let mut is_worn = false;
     let mut unconfirmed = FuturesUnordered::new();
     let mut books = Books { connection, unsaid, confirms: Confirms::new(), unclear: Vec::new() };
     let mut taken = Vec::new();
@@ -77,6 +86,10 @@ pub(super) async fn run(
                 }
                 let wanted = taken.drain(..).filter(|job: &Job| !job.reply.is_closed());
                 unconfirmed.extend(wanted.map(|job| publish(channel, job)));
+            }
+            () = &mut worn => {
+                is_worn = true;
+                ended = Some("it has used up its channels for exchanges that are not there".to_owned());
             }
             event = events.next() => match event {
                 Some(Event::ConnectionBlocked(reason)) => {
@@ -113,7 +126,7 @@ pub(super) async fn run(
             false => unclear.push(job),
         }
     }
-    Ended { reason, unclear }
+    Ended { reason, unclear, is_worn }
 }
 
 type Published = (Job, lapin::Result<Confirmation>);

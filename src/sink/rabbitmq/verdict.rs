@@ -27,9 +27,7 @@ pub(super) fn refused(error: &lapin::Error, message: &Message, unsaid: &Unsaid) 
     let said = amqp.get_message().as_str();
     let text = unsaid.and(message.names_of_event()).describe(error);
     match amqp.kind() {
-        AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => {
-            DeliveryError::retry("no_exchange", "the exchange does not exist")
-        }
+        AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => no_exchange(message),
         AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => {
             let is_of_topic = said.contains("access to topic");
             if message.exchange_varies || message.routing_key_varies && is_of_topic {
@@ -45,6 +43,18 @@ pub(super) fn refused(error: &lapin::Error, message: &Message, unsaid: &Unsaid) 
         AMQPErrorKind::Hard(_) => lost(&text),
     }
 }
+
+/// Somebody may make it yet.
+pub(super) fn no_exchange(message: &Message) -> DeliveryError {
+    let error = DeliveryError::retry(NO_EXCHANGE, "the exchange does not exist");
+    DeliveryError { is_of_event: message.exchange_varies, ..error }
+}
+
+pub(super) fn is_no_exchange(error: &DeliveryError) -> bool {
+    error.kind == NO_EXCHANGE
+}
+
+const NO_EXCHANGE: &str = "no_exchange";
 
 const NOT_AUTHORIZED: &str = "not_authorized";
 
@@ -79,6 +89,7 @@ mod tests {
             };
             let refused = refused(&error(code, text), &message, &Unsaid::new([]));
             assert_eq!((refused.verdict == Verdict::Reject, &*refused.kind), expected, "{text}");
+            assert_eq!(refused.is_of_event, varies.0 && code == 404, "{text}");
             assert!(!varies.0 || !refused.text.contains("5491"), "{refused}");
             assert!(!varies.1 || !refused.text.contains("5492"), "{refused}");
         }
@@ -92,6 +103,7 @@ mod tests {
         check((false, true), 403, topic, (true, "not_authorized"));
         check((false, false), 403, topic, (false, "not_authorized"));
         check((true, true), 404, "NOT_FOUND - no exchange '5491' in vhost '/'", (false, "no_exchange"));
+        check((false, true), 404, "NOT_FOUND - no exchange '5491' in vhost '/'", (false, "no_exchange"));
         let size = "PRECONDITION_FAILED - message size 200 is larger than configured max size 100";
         check((true, true), 406, size, (true, "message_too_large"));
         check((true, true), 406, "PRECONDITION_FAILED - invalid message", (true, "amqp_406"));
