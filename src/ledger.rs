@@ -54,6 +54,16 @@ pub struct Ledger {
     requests: SyncSender<Message>,
 }
 
+/// Rules to be kept: opaque here.
+pub struct RulesKept {
+    /// What was kept under a lower number goes.
+    pub first: i64,
+    /// The number of what is kept.
+    pub number: i64,
+    /// What is kept.
+    pub stage: String,
+}
+
 /// What the thread is told.
 enum Message {
     Request(Box<dyn Request>),
@@ -179,17 +189,37 @@ impl Ledger {
         self.run(move |books| changes::settle(books, &lane, progress.as_ref(), &changes, now())).await
     }
 
-    /// Writes where lanes begin: all of them, or none.
+    /// Writes where lanes begin, and the rules that they follow from there on: all of it, or nothing.
     ///
     /// # Errors
     ///
     /// [`LedgerError`]: nothing has changed.
-    pub async fn begin(&self, lanes: HashMap<String, Progress>) -> Result<(), LedgerError> {
-        let settle = move |books: &mut Books<'_>| {
-            let mut lanes = lanes.iter();
-            lanes.try_for_each(|(lane, at)| changes::settle(books, lane, Some(at), &[], now()).map(drop))
+    pub async fn begin(&self, lanes: HashMap<String, Progress>, rules: Option<RulesKept>) -> Result<(), LedgerError> {
+        let begin = move |books: &mut Books<'_>| {
+            for (lane, at) in &lanes {
+                changes::settle(books, lane, Some(at), &[], now())?;
+            }
+            rules.as_ref().map_or(Ok(()), |rules| changes::keep_rules(&books.transaction, rules))
         };
-        self.run(settle).await
+        self.run(begin).await
+    }
+
+    /// The rules that were kept, each with its number, in order.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`].
+    pub async fn rules(&self) -> Result<Vec<(i64, String)>, LedgerError> {
+        self.run(|books| changes::rules(&books.transaction)).await
+    }
+
+    /// The lanes that have something parked.
+    ///
+    /// # Errors
+    ///
+    /// [`LedgerError`].
+    pub async fn lanes_with_parked(&self) -> Result<Vec<String>, LedgerError> {
+        self.run(|books| parked::lanes(&books.transaction)).await
     }
 
     /// [`Ledger::settle`] for a lane that may have gone elsewhere by the time that it is its turn: then nothing is written.

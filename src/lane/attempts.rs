@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::delivery::Delivery;
 use super::storage::Storing;
-use super::{Ended, Lane, MAX_FAILED_PROBES, SHORTEST_WAIT};
+use super::{Ended, FRESH_PROBES, Lane, MANY_PARKED, SHORTEST_WAIT};
 use crate::sink::Attempt;
 
 impl Lane {
@@ -64,6 +64,7 @@ impl Lane {
                 && self.breaker.begin_probe(now)
                 && let Some(delivery) = self.ready.remove(candidate)
             {
+                self.probes = self.probes.wrapping_add(1);
                 self.attempt(delivery);
             }
         } else if self.parking.total() > 0 && storing.is_none() && !self.settle_due && self.breaker.begin_probe(now) {
@@ -71,9 +72,10 @@ impl Lane {
         }
     }
 
-    /// Each that fails is one more that is parked; with enough of them, they are probed with.
+    /// Whether the next probe may be made with a delivery that has not failed yet.
     pub(super) fn may_probe_with_fresh(&self) -> bool {
-        self.failing_parked.min(self.parking.total()) < MAX_FAILED_PROBES
+        let are_many_parked = self.failing_parked.min(self.parking.total()) >= MANY_PARKED;
+        !are_many_parked || self.probes.is_multiple_of(FRESH_PROBES)
     }
 
     fn attempt(&mut self, mut delivery: Delivery) {

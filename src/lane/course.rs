@@ -9,8 +9,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::event::Event;
 use crate::journal::Position;
+use crate::ledger::RulesKept;
 use crate::routing::{RouteId, Scratch, SinkId, Table, UNROUTED};
 
 /// So many changes of the rules are remembered for lanes that have not read past them.
@@ -26,11 +29,21 @@ pub struct Course {
 
 /// Rules that came into force.
 struct Stage {
+    /// Counted on over restarts.
+    number: i64,
     table: Arc<Table>,
     /// How far each lane had read by then.
     passed: HashMap<String, Position>,
     /// How far the first of them had.
     until: Position,
+}
+
+/// A [`Stage`] as text.
+#[derive(Serialize, Deserialize)]
+struct StoredStage {
+    table: String,
+    passed: HashMap<String, i64>,
+    until: i64,
 }
 
 /// The route that named the sink for an event.
@@ -54,15 +67,55 @@ impl Route {
 /// The rules have changed too often for a lane that does not read on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the rules have changed {MAX_CHANGES} times and a sink still has to deliver events from before that: let it catch up (is it paused, or its destination gone?), or stop the relay, before they change again"
+    "the rules have changed {MAX_CHANGES} times and a sink still has to deliver events from before that: let it catch up (is it paused, or its destination gone?) before they change again"
 )]
 pub struct TooManyChanges;
 
 impl Course {
     /// Rules without any before them.
     pub fn new(table: Arc<Table>) -> Self {
-        let stage = Stage { table, passed: HashMap::new(), until: Position::ZERO };
+        Self::begun(0, table)
+    }
+
+    fn begun(number: i64, table: Arc<Table>) -> Self {
+        let stage = Stage { number, table, passed: HashMap::new(), until: Position::ZERO };
         Self { now: Arc::new(stage), earlier: Vec::new() }
+    }
+
+    /// The course of a former process, from what was kept of it (see [`Course::kept`]), with the rules in force now; `passed`
+    /// and `needed` as in [`Course::then`]. Of what can't be used it says why, and begins anew.
+    pub fn recalled(
+        kept: &[(i64, String)],
+        table: Arc<Table>,
+        passed: HashMap<String, Position>,
+        needed: Position,
+    ) -> (Self, Option<String>) {
+        let stages = kept.iter().map(|(number, text)| Stage::from_text(*number, text).map(Arc::new));
+        let mut stages = match stages.collect::<Result<Vec<_>, _>>() {
+            Ok(stages) => stages,
+            Err(error) => {
+                let number = kept.iter().map(|(number, _)| number + 1).max().unwrap_or(0);
+                return (Self::begun(number, table), Some(error));
+            }
+        };
+        let Some(last) = stages.pop() else { return (Self::new(table), None) };
+        let number = last.number;
+        let before = Self { now: last, earlier: stages };
+        if before.table().to_text() == table.to_text() {
+            let earlier = before.stages(needed).filter(|stage| stage.number < number).cloned().collect();
+            let now = Stage { number, table, passed: before.now.passed.clone(), until: before.now.until };
+            return (Self { now: Arc::new(now), earlier }, None);
+        }
+        match before.then(Arc::clone(&table), passed, needed) {
+            Ok(course) => (course, None),
+            Err(error) => (Self::begun(number + 1, table), Some(error.to_string())),
+        }
+    }
+
+    /// What has to be kept of it, so that it can be followed after a restart. To be written before any lane follows it.
+    pub fn kept(&self) -> RulesKept {
+        let first = self.earlier.first().unwrap_or(&self.now).number;
+        RulesKept { first, number: self.now.number, stage: self.now.to_text() }
     }
 
     /// New rules after these; `passed`: how far each lane has read by these, or where it begins if it is new. Nobody reads
@@ -78,7 +131,7 @@ impl Course {
         needed: Position,
     ) -> Result<Self, TooManyChanges> {
         let until = passed.values().max().copied().unwrap_or(Position::ZERO);
-        let now = Arc::new(Stage { table, passed, until });
+        let now = Arc::new(Stage { number: self.now.number + 1, table, passed, until });
         if until <= needed {
             return Ok(Self { now, earlier: Vec::new() });
         }
@@ -136,6 +189,19 @@ impl Course {
 }
 
 impl Stage {
+    fn to_text(&self) -> String {
+        let passed = self.passed.iter().map(|(lane, position)| (lane.clone(), position.to_stored())).collect();
+        let stored = StoredStage { table: self.table.to_text(), passed, until: self.until.to_stored() };
+        // Nothing in it can fail.
+        serde_json::to_string(&stored).unwrap_or_default()
+    }
+
+    fn from_text(number: i64, text: &str) -> Result<Self, String> {
+        let StoredStage { table, passed, until } = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let passed = passed.into_iter().map(|(lane, position)| (lane, Position::from_stored(position))).collect();
+        Ok(Self { number, table: Arc::new(Table::from_text(&table)?), passed, until: Position::from_stored(until) })
+    }
+
     /// The sinks that the rules name for an event.
     fn named(&self, event: &Event, scratch: &mut Scratch) -> Vec<(&str, Route)> {
         let sinks = self.table.sinks();
@@ -346,6 +412,20 @@ mod tests {
         }
     }
 
+    /// As the ledger does it.
+    fn keep(kept: &mut Vec<(i64, String)>, rules: RulesKept) {
+        kept.retain(|(number, _)| *number >= rules.first && *number != rules.number);
+        kept.push((rules.number, rules.stage));
+    }
+
+    #[test]
+    fn what_was_kept_and_cannot_be_read_is_said() {
+        let (course, problem) = Course::recalled(&[(7, "{}".to_owned())], table(&["a"]), passed(&[("a", 1)]), at(1));
+        assert!(problem.is_some());
+        check(&course, 0, &["a"]);
+        assert_eq!((course.kept().first, course.kept().number), (8, 8));
+    }
+
     fn place(position: usize) -> Position {
         at(i64::try_from(position).unwrap())
     }
@@ -361,16 +441,30 @@ mod tests {
             let lane = |name| Reading { name, cursor: 0, read_to: 0, taken: [false; EVENTS] };
             let mut lanes = ["a", "b", "c", UNROUTED].map(lane);
             let (mut course, mut last) = (Course::new(Arc::clone(&tables[0])), 0);
+            let mut kept = Vec::new();
+            keep(&mut kept, course.kept());
             for _ in 0..random.random_range(5..80) {
                 let lane = &mut lanes[random.random_range(0..4)];
-                match random.random_range(0..6) {
+                match random.random_range(0..7) {
                     0 => {
                         last = random.random_range(0..sets.len());
                         let passed = lanes.iter().map(|lane| (lane.name.to_owned(), place(lane.read_to))).collect();
                         let needed = lanes.iter().map(|lane| place(lane.cursor)).min().unwrap();
                         course = course.then(Arc::clone(&tables[last]), passed, needed).unwrap();
+                        keep(&mut kept, course.kept());
                     }
                     1 => lane.go_back(),
+                    6 => {
+                        // A restart, perhaps with other rules.
+                        lanes.iter_mut().for_each(Reading::go_back);
+                        last = if random.random() { last } else { random.random_range(0..sets.len()) };
+                        let passed = lanes.iter().map(|lane| (lane.name.to_owned(), place(lane.read_to))).collect();
+                        let needed = lanes.iter().map(|lane| place(lane.cursor)).min().unwrap();
+                        let (recalled, problem) = Course::recalled(&kept, Arc::clone(&tables[last]), passed, needed);
+                        assert_eq!(problem, None);
+                        course = recalled;
+                        keep(&mut kept, course.kept());
+                    }
                     2 => lane.cursor = random.random_range(lane.cursor..=lane.read_to),
                     _ => lane.read(&course, random.random_range(1..8)),
                 }

@@ -66,7 +66,7 @@ impl Metrics {
         self.unrouted.get()
     }
 
-    /// Counts the dead letters that a sink leaves which is no longer in the rules.
+    /// Counts dead letters that no lane of a sink has made: of a sink that is no longer in the rules, or of the reserved one.
     pub fn buried(&self, sink: &str, dead_letters: usize) {
         self.deliveries.with_label_values(&[sink, "dead"]).inc_by(dead_letters as u64);
     }

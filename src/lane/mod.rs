@@ -75,8 +75,11 @@ use window::Window;
 const MAX_WINDOW: usize = 20_000;
 /// With more changes than this to be written nothing more is read.
 const MAX_CHANGES: usize = 2_000;
-/// When so many deliveries were parked since a sink began to fail, the lane does not read on for others to probe with.
-const MAX_FAILED_PROBES: usize = 64;
+/// When so many deliveries were parked since a sink began to fail, the lane reads on for others to probe with only now and
+/// then: each that fails is one more. But those that are parked may be the only ones that the sink refuses.
+const MANY_PARKED: usize = 64;
+/// Then each so many-th probe is made with one that has not failed yet.
+const FRESH_PROBES: u32 = 4;
 /// How many parked deliveries are fetched at once, about.
 const FETCH: usize = 512;
 /// How many dead letters are logged one by one, in the time of a [`Throttle`].
@@ -152,6 +155,8 @@ pub struct Lane {
     failing_since: Option<Millis>,
     /// How many were parked since then.
     failing_parked: usize,
+    /// How many probes have begun.
+    probes: u32,
     limit: Option<Limit>,
     /// The rate allows the next attempt then.
     limited_until: Option<Instant>,
@@ -216,6 +221,7 @@ impl Lane {
             breaker: Breaker::new(config.breaker),
             failing_since: None,
             failing_parked: 0,
+            probes: 0,
             limit: config.rate.map(Limit::new),
             limited_until: None,
             kept,
@@ -352,8 +358,7 @@ impl Lane {
                 Found::Event { event, route } => self.admit_event(position, event, route),
                 Found::Unreadable { record, error } => {
                     error!(sink = %self.name, position = position.to_stored(), %error, "an event can't be read; it is a dead letter now");
-                    self.changes.push(Change::Bury(Box::new(delivery::unreadable(position, record, error))));
-                    self.unwritten = true;
+                    self.bury_unreadable(delivery::unreadable(position, record, error));
                 }
             }
         }
@@ -398,10 +403,9 @@ impl Lane {
             Err(error) => {
                 error!(sink = %self.name, row = row.id, %error, "a parked event can't be read; it is a dead letter now");
                 let letter = delivery::unreadable(position, row.record, error.to_string());
-                self.changes.extend([Change::Bury(Box::new(letter)), Change::Unpark { id: row.id }]);
-                self.parking.remove(key);
-                self.unwritten = true;
-                return;
+                self.bury_unreadable(letter);
+                self.changes.push(Change::Unpark { id: row.id });
+                return self.parking.remove(key);
             }
         };
         let delivery = Delivery {

@@ -8,7 +8,7 @@ use super::breaker::Change as Breaking;
 use super::delivery::{Delivery, Place};
 use super::retry::Next;
 use super::{Ended, Lane};
-use crate::ledger::{self, Change, Millis, Reason};
+use crate::ledger::{self, Change, DeadLetter, Millis, Reason};
 use crate::sink::{DeliveryError, Verdict};
 
 impl Lane {
@@ -84,7 +84,8 @@ impl Lane {
         let due_at = match (delivery.due_at, delivery.place) {
             (Some(due_at), Place::Parked(id)) => {
                 self.parking.probed(id);
-                due_at.max(after(asked.unwrap_or_default()))
+                let granted = asked.map(|asked| self.config.retry.granted(asked, delivery.age(now)));
+                due_at.max(after(granted.unwrap_or_default()))
             }
             _ => match self.config.retry.next(delivery.failures, delivery.age(now), rand::random(), asked) {
                 Next::After(wait) => after(wait),
@@ -92,7 +93,9 @@ impl Lane {
                 Next::Expired => return self.bury(&delivery, Reason::Expired, &error.kind, &error.text),
             },
         };
-        self.failing_since.get_or_insert(now);
+        // A former lane may have parked it.
+        let since = delivery.first_failed_at.unwrap_or(now);
+        self.failing_since = Some(self.failing_since.map_or(since, |before| before.min(since)));
         let asked_until = asked.map(|asked| after(asked).min(due_at));
         self.changes.push(delivery.postponed(self.config.order_by, due_at, asked_until, error));
         self.unwritten = true;
@@ -157,6 +160,14 @@ impl Lane {
         self.kept.counts.dead += 1;
         self.kept.meters.dead.inc();
         self.settle_delivery(delivery);
+    }
+
+    /// Makes a dead letter of an event that this version can't read.
+    pub(super) fn bury_unreadable(&mut self, letter: DeadLetter) {
+        self.changes.push(Change::Bury(Box::new(letter)));
+        self.kept.counts.dead += 1;
+        self.kept.meters.dead.inc();
+        self.unwritten = true;
     }
 
     /// It is delivered or dead: the next of its key may go.

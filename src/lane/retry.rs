@@ -48,10 +48,15 @@ impl Retry {
         if self.max_attempts.is_some_and(|max| attempt >= max) {
             return Next::Exhausted;
         }
-        // Who asks for more than there is gets what there is.
-        let left = self.max_age.map_or(Duration::MAX, |max| max.saturating_sub(age).saturating_sub(LAST_CALL));
-        let wait = self.waits.wait(attempt, chance, asked.map(|asked| asked.min(left)));
+        let wait = self.waits.wait(attempt, chance, asked.map(|asked| self.granted(asked, age)));
         if self.is_too_old(age.saturating_add(wait)) { Next::Expired } else { Next::After(wait) }
+    }
+
+    /// How long a delivery of this age is left alone that the other side has asked to leave alone: who asks for more than there
+    /// is gets what there is.
+    pub(super) fn granted(&self, asked: Duration, age: Duration) -> Duration {
+        let left = self.max_age.map_or(Duration::MAX, |max| max.saturating_sub(age).saturating_sub(LAST_CALL));
+        asked.min(left)
     }
 
     /// Whether a delivery that has failed is not to be tried again at this age.

@@ -137,6 +137,7 @@ impl Unrouted {
                 }
                 Found::Unreadable { record, error } => {
                     self.letters.push(Change::Bury(Box::new(delivery::unreadable(position, record, error))));
+                    self.metrics.buried(UNROUTED, 1);
                 }
             }
         }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
-use super::{Books, Millis, Written, parked};
+use super::{Books, Millis, RulesKept, Written, parked};
 use crate::journal::Position;
 
 /// How far a lane has come.
@@ -55,7 +55,7 @@ pub enum Change {
         /// Now.
         due_at: Millis,
     },
-    /// Deliveries parked since then need not wait any longer, unless their destination has asked for that.
+    /// Deliveries that have first failed since then need not wait any longer, unless their destination has asked for that.
     Hasten {
         /// When the first of them failed.
         since: Millis,
@@ -174,6 +174,18 @@ pub(super) fn settle(
         written.push(Written::Progress { lane: lane.to_owned(), progress: progress.clone() });
     }
     Ok(exhumed)
+}
+
+/// Keeps rules, and nothing before what is needed.
+pub(super) fn keep_rules(transaction: &Transaction<'_>, rules: &RulesKept) -> rusqlite::Result<()> {
+    transaction.execute("DELETE FROM rules WHERE number < ?1", [rules.first])?;
+    let keep = "INSERT OR REPLACE INTO rules (number, stage) VALUES (?1, ?2)";
+    transaction.execute(keep, params![rules.number, rules.stage]).map(drop)
+}
+
+pub(super) fn rules(transaction: &Transaction<'_>) -> rusqlite::Result<Vec<(i64, String)>> {
+    let mut statement = transaction.prepare("SELECT number, stage FROM rules ORDER BY number")?;
+    statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
 }
 
 /// Makes one change; the number of the dead letter that was exhumed, if one was.

@@ -148,10 +148,15 @@ pub fn salvage(path: &Path, quarantine: &Path) -> Result<Salvaged, LedgerError> 
         let cursors = copy(&old, &transaction, "cursors", &[""])?;
         salvaged.parked = copy(&old, &transaction, "parked", &BOTH_WAYS)?;
         salvaged.dead_letters = copy(&old, &transaction, "dead_letters", &BOTH_WAYS)?;
+        let rules = copy(&old, &transaction, "rules", &[""])?;
         // With only some of them, lanes would be taken for new ones, and begin at the end.
         salvaged.cursors = cursors.is_all() && cursors.rows > 0 && salvaged.parked.is_all();
         if !salvaged.cursors {
             transaction.execute("DELETE FROM cursors", [])?;
+        }
+        // Without all of them, sinks read on by those of the file.
+        if !rules.is_all() || !salvaged.cursors {
+            transaction.execute("DELETE FROM rules", [])?;
         }
         transaction.commit()?;
     }

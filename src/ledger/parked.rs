@@ -86,17 +86,20 @@ pub struct ParkedRow {
 
 pub(super) fn due(connection: &Connection, lane: &str, wanted: &Wanted) -> rusqlite::Result<Due> {
     let (mut due, mut bytes) = (Due::default(), 0);
+    // The index has all of this: what is not wanted costs no look at its row.
     let mut heads = connection.prepare_cached(
-        "SELECT id, key, position, route, attempts, since, first_failed_at, error_kind, error, record, due_at, asked_until
-         FROM parked
+        "SELECT id, due_at, asked_until FROM parked INDEXED BY parked_by_due
          WHERE lane = ?1 AND due_at IS NOT NULL ORDER BY due_at",
+    )?;
+    let mut one = connection.prepare_cached(
+        "SELECT id, key, position, route, attempts, since, first_failed_at, error_kind, error, record FROM parked WHERE id = ?1",
     )?;
     let mut rows = heads.query([lane])?;
     while let Some(row) = rows.next()? {
-        if wanted.except.contains(&row.get(0)?) {
+        let (id, due_at, asked_until): (i64, Millis, Option<Millis>) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        if wanted.except.contains(&id) {
             continue;
         }
-        let (due_at, asked_until): (Millis, Option<Millis>) = (row.get(10)?, row.get(11)?);
         let is_full = due.rows.len() >= wanted.limit || bytes >= MAX_BYTES;
         if is_full || !wanted.wants(due_at, asked_until) {
             due.next.get_or_insert(due_at.max(wanted.now));
@@ -107,10 +110,9 @@ pub(super) fn due(connection: &Connection, lane: &str, wanted: &Wanted) -> rusql
             continue;
         }
         let first = due.rows.len();
-        let mut head = read(row)?;
+        let mut head = one.query_row([id], read)?;
         head.due_at = Some(due_at).filter(|at| (wanted.now + 1..=wanted.horizon_of(asked_until)).contains(at));
         let key = head.key.clone();
-        let id = head.id;
         due.rows.push(head);
         if let Some(key) = key {
             followers(connection, lane, &key, id, wanted, &mut due.rows)?;
@@ -186,6 +188,12 @@ fn read(row: &Row<'_>) -> rusqlite::Result<ParkedRow> {
         error: row.get(8)?,
         record: Bytes::from(row.get::<_, Vec<u8>>(9)?),
     })
+}
+
+/// The lanes that have some.
+pub(super) fn lanes(connection: &Connection) -> rusqlite::Result<Vec<String>> {
+    let mut statement = connection.prepare("SELECT DISTINCT lane FROM parked")?;
+    statement.query_map([], |row| row.get(0))?.collect()
 }
 
 /// All of a row.

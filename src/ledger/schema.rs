@@ -8,7 +8,7 @@ use super::LedgerError;
 
 /// The steps from an empty file to today's schema; `user_version` says how many were taken. A step is never changed once
 /// it was released.
-pub(super) const STEPS: [&str; 3] = [
+pub(super) const STEPS: [&str; 4] = [
     "
     CREATE TABLE cursors (
         lane TEXT PRIMARY KEY,
@@ -77,6 +77,13 @@ pub(super) const STEPS: [&str; 3] = [
     ALTER TABLE parked ADD COLUMN asked_until INTEGER;  -- its destination does not want it before; NULL: it did not say
     DROP INDEX parked_by_due;
     CREATE INDEX parked_by_due ON parked (lane, due_at, asked_until) WHERE due_at IS NOT NULL;
+    ",
+    "
+    CREATE TABLE rules (
+        number INTEGER PRIMARY KEY,     -- counted on with each change
+        stage TEXT NOT NULL             -- the rules that came into force, and how far sinks had read by then: JSON
+    );
+    CREATE INDEX dead_letters_by_lane ON dead_letters (lane);
     ",
 ];
 

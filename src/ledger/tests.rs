@@ -344,6 +344,6 @@ fn a_newer_schema_is_refused() {
     let path = dir.path().join("ledger.sqlite");
     drop(Ledger::open(&path).unwrap());
     Connection::open(&path).unwrap().pragma_update(None, "user_version", schema::VERSION + 1).unwrap();
-    assert!(matches!(Ledger::open(&path), Err(LedgerError::NewerVersion { version: 4, .. })));
-    assert!(matches!(check::check(&path, |_| true), Err(LedgerError::NewerVersion { version: 4, .. })));
+    assert!(matches!(Ledger::open(&path), Err(LedgerError::NewerVersion { version: 5, .. })));
+    assert!(matches!(check::check(&path, |_| true), Err(LedgerError::NewerVersion { version: 5, .. })));
 }

@@ -22,7 +22,7 @@ use crate::lane::{
     Beginning, Control, Controls, Course, Kept, Lane, Metrics, OrderBy, Phase, Remains, StartAt, Unrouted, Whereabouts,
 };
 use crate::ledger::{Ledger, Progress};
-use crate::routing::UNROUTED;
+use crate::routing::{Table, UNROUTED};
 use crate::rules::Rules;
 use crate::sink::BuildError;
 use crate::telemetry::Traces;
@@ -59,6 +59,22 @@ struct Running {
 
 /// Keeps what a lane has not read.
 type Unread = Option<Arc<disk::Hold>>;
+
+/// Where a lane begins.
+struct Place {
+    reader: disk::Reader,
+    ahead: Vec<Position>,
+    /// Whether the ledger has it so.
+    is_known: bool,
+}
+
+/// What the ledger has to know of these. A new sink's beginning must be known before the next event comes in; what is lost
+/// to another is told once.
+fn noted<'p>(places: impl IntoIterator<Item = (&'p str, &'p Place)>) -> HashMap<String, Progress> {
+    let unknown = places.into_iter().filter(|(_, place)| !place.is_known);
+    let progress = |place: &Place| Progress { cursor: place.reader.position(), ahead: place.ahead.clone() };
+    unknown.map(|(name, place)| (name.to_owned(), progress(place))).collect()
+}
 
 /// A lane that has ended.
 pub(super) struct Ended(Result<(String, Remains), JoinError>);
@@ -112,7 +128,8 @@ impl Lanes {
         traces: Option<Traces>,
     ) -> Result<Self, RunError> {
         let knew_none = progress.is_empty();
-        let course = Arc::new(Course::new(Arc::clone(&rules.table)));
+        let table = Arc::clone(&rules.table);
+        let course = Arc::new(Course::new(Arc::clone(&table)));
         let (in_force, running, tasks) = (InForce::new(rules), BTreeMap::new(), JoinSet::new());
         let mut lanes = Self { journal, ledger, in_force, course, running, tasks, metrics, traces, grace };
         if knew_none && lanes.journal.end() > lanes.journal.reader(Start::Earliest).position() {
@@ -123,17 +140,20 @@ impl Lanes {
         let sinks = lanes.in_force.build(lanes.traces.as_ref())?;
         let sinks = sinks.into_iter().map(|built| (built.name().to_owned(), Carries::Sink(built)));
         let all: Vec<_> = sinks.chain([(UNROUTED.to_owned(), Carries::Unrouted)]).collect();
-        if knew_none {
-            // A sink that a new ledger does not know is not a new sink, or there are no events yet. That goes for all of them
-            // or for none: once it knows some, others are new.
-            let cursor = lanes.journal.reader(Start::Earliest).position();
-            progress = all.iter().map(|(name, _)| (name.clone(), Progress { cursor, ahead: Vec::new() })).collect();
-            lanes.ledger.begin(progress.clone()).await?;
+        let mut places = Vec::new();
+        for (name, carries) in &all {
+            // A sink that a new ledger does not know is not a new sink, or there are no events yet.
+            let start = if knew_none { StartAt::Earliest } else { carries.start() };
+            places.push(lanes.place(name, progress.get(name).cloned(), start));
         }
-        for (name, carries) in all {
-            let known = progress.get(&name).cloned();
-            let beginning = lanes.beginning(&name, known, carries.start(), carries.order_by()).await?;
+        lanes.recall(&all, &places, table).await?;
+        for ((name, carries), place) in all.into_iter().zip(places) {
+            let beginning = lanes.beginning(&name, place, carries.order_by()).await?;
             lanes.spawn(name, carries, beginning, None);
+        }
+        for name in lanes.ledger.lanes_with_parked().await? {
+            // One of a ledger that has lost its cursors.
+            progress.entry(name).or_insert_with(|| Progress { cursor: lanes.journal.end(), ahead: Vec::new() });
         }
         for (name, Progress { cursor, .. }) in progress {
             if !lanes.running.contains_key(&name) {
@@ -142,6 +162,27 @@ impl Lanes {
         }
         lanes.publish();
         Ok(lanes)
+    }
+
+    /// Goes on with the rules as they were followed before, and those that the file has now. What lanes have not read follows
+    /// them as if they had changed just now. Written with the places where lanes begin, all or nothing: once some are
+    /// known, others are taken for new.
+    async fn recall(&mut self, all: &[(String, Carries)], places: &[Place], table: Arc<Table>) -> Result<(), RunError> {
+        let kept = self.ledger.rules().await?;
+        let at = all.iter().zip(places).map(|((name, _), place)| (name.clone(), place.reader.position()));
+        let passed: HashMap<_, _> = at.collect();
+        let needed = passed.values().min().copied().unwrap_or(Position::ZERO);
+        let (course, problem) = Course::recalled(&kept, table, passed, needed);
+        if let Some(problem) = problem {
+            error!(
+                problem,
+                "the rules before the last start can't be followed any more: what sinks have not read follows those of the file alone"
+            );
+        }
+        let named = all.iter().map(|(name, _)| name.as_str()).zip(places);
+        self.ledger.begin(noted(named), Some(course.kept())).await?;
+        self.course = Arc::new(course);
+        Ok(())
     }
 
     /// What is in force.
@@ -199,8 +240,9 @@ impl Lanes {
     ) -> (Beginning, Option<Kept>) {
         loop {
             let begun = async {
-                let progress = self.ledger.progress(name).await?;
-                self.beginning(name, progress, start, order_by).await
+                let place = self.place(name, self.ledger.progress(name).await?, start);
+                self.ledger.begin(noted([(name, &place)]), None).await?;
+                self.beginning(name, place, order_by).await
             };
             match begun.await {
                 Ok(beginning) => return (beginning, kept),
@@ -324,28 +366,29 @@ impl Lanes {
     /// Where new lanes begin, and what all of them are to follow.
     async fn begin(&self, added: Vec<Built>, rules: &Rules) -> Result<(Vec<(Built, Beginning)>, Course), RunError> {
         let mut lanes: HashMap<_, _> = self.running.iter().map(|(name, running)| (name.clone(), running.at)).collect();
-        let mut begun = Vec::new();
+        let mut places = Vec::new();
         for built in added {
-            let progress = self.ledger.progress(built.name()).await?;
-            let lane = built.lane();
-            let beginning = self.beginning(built.name(), progress, lane.start, lane.order_by).await?;
-            lanes.insert(built.name().to_owned(), Whereabouts::beginning(beginning.reader.position()));
-            begun.push((built, beginning));
+            let place = self.place(built.name(), self.ledger.progress(built.name()).await?, built.lane().start);
+            lanes.insert(built.name().to_owned(), Whereabouts::beginning(place.reader.position()));
+            places.push((built, place));
         }
         let needed = lanes.values().map(|at| at.cursor).min().unwrap_or(Position::ZERO);
         let passed = lanes.into_iter().map(|(name, at)| (name, at.read_to)).collect();
         let course = self.course.then(Arc::clone(&rules.table), passed, needed)?;
-        Ok((begun, course))
+        let mut begun = Vec::new();
+        for (built, place) in places {
+            let (lane, noted) = (built.lane(), noted([(built.name(), &place)]));
+            let beginning = self.beginning(built.name(), place, lane.order_by).await?;
+            begun.push((built, beginning, noted));
+        }
+        // Nothing can fail any more once this is written.
+        let noted = begun.iter_mut().flat_map(|(.., noted)| std::mem::take(noted)).collect();
+        self.ledger.begin(noted, Some(course.kept())).await?;
+        Ok((begun.into_iter().map(|(built, beginning, _)| (built, beginning)).collect(), course))
     }
 
-    /// Where a lane goes on, or begins.
-    async fn beginning(
-        &self,
-        name: &str,
-        progress: Option<Progress>,
-        start: StartAt,
-        order_by: OrderBy,
-    ) -> Result<Beginning, RunError> {
+    /// Where a lane goes on, or begins. Nothing is written.
+    fn place(&self, name: &str, progress: Option<Progress>, start: StartAt) -> Place {
         let (cursor, mut ahead) = match progress {
             Some(Progress { cursor, ahead }) => (Some(cursor), ahead),
             None => (None, Vec::new()),
@@ -361,11 +404,12 @@ impl Lanes {
             error!(sink = name, first, lost, "events that the sink had not read are gone from the journal");
             ahead.retain(|settled| *settled >= at);
         }
-        if cursor != Some(at) {
-            // A new sink's beginning must be known before the next event comes in; what is lost to another is told once.
-            let progress = Progress { cursor: at, ahead: ahead.clone() };
-            self.ledger.settle(name, Some(progress), Vec::new()).await?;
-        }
+        Place { reader, ahead, is_known: cursor == Some(at) }
+    }
+
+    /// What a lane begins with.
+    async fn beginning(&self, name: &str, place: Place, order_by: OrderBy) -> Result<Beginning, RunError> {
+        let Place { reader, ahead, .. } = place;
         // What comes later must find what it has to wait for.
         self.ledger.order_parked(name, order_by.name(), move |record| order_by.key(record)).await?;
         let parked = self.ledger.parked_keys(name).await?;

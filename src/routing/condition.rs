@@ -122,6 +122,13 @@ impl Patterns {
     }
 }
 
+impl Patterns {
+    /// What they can be made of again.
+    pub(super) fn written(&self) -> Vec<String> {
+        self.exact.iter().cloned().chain(self.wildcards.iter().map(Wildcard::written)).collect()
+    }
+}
+
 impl FromIterator<String> for Patterns {
     fn from_iter<I: IntoIterator<Item = String>>(patterns: I) -> Self {
         let mut compiled = Self::default();
@@ -152,6 +159,11 @@ impl Wildcard {
         let (middle, last) = rest.rsplit_once('*').unwrap_or(("", rest));
         let middle = middle.split('*').filter(|text| !text.is_empty()).map(str::to_owned).collect();
         Some(Self { first: first.to_owned(), middle, last: last.to_owned() })
+    }
+
+    fn written(&self) -> String {
+        let between: String = self.middle.iter().map(|text| format!("*{text}")).collect();
+        format!("{}{between}*{}", self.first, self.last)
     }
 
     /// Takes each text at its first place, which leaves the most for those after it: no backtracking, linear time.

@@ -23,6 +23,7 @@ mod diff;
 mod explain;
 mod index;
 mod read;
+mod stored;
 mod when;
 
 use crate::event::Event;

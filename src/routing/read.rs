@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use regex::RegexBuilder;
+use regex::{Regex, RegexBuilder};
 
 use super::condition::{Condition, Patterns, Subject, SubjectId, Test};
 use super::index::Index;
@@ -49,7 +49,7 @@ impl Table {
             unrouted.finish();
         }
         let sinks = sinks.iter().map(|sink| sink.name.to_owned()).collect();
-        Self { sinks, index: Index::new(&routes), routes, subjects: reader.subjects, keep_unrouted }
+        Self { sinks, index: Index::new(&routes), routes, subjects: reader.subjects.list, keep_unrouted }
     }
 }
 
@@ -86,14 +86,52 @@ pub(super) struct Reader<'d> {
     running: Option<&'d Table>,
     sinks: HashMap<&'d str, SinkId>,
     names: HashSet<String>,
-    subjects: Vec<Subject>,
+    subjects: Subjects,
+}
+
+/// What conditions look at, each once.
+#[derive(Default)]
+pub(super) struct Subjects {
+    list: Vec<Subject>,
     places: HashMap<String, SubjectId>,
+}
+
+impl Subjects {
+    /// The place of a subject that rules call so.
+    ///
+    /// # Errors
+    ///
+    /// There is none of the name.
+    pub(super) fn place(&mut self, name: &str) -> Result<SubjectId, String> {
+        if let Some(known) = self.places.get(name) {
+            return Ok(*known);
+        }
+        let subject = if let Some(field) = Field::from_name(name) {
+            Subject::Field(field)
+        } else if name == "token" {
+            Subject::Token
+        } else if name.starts_with('/') {
+            let pointers = self.list.iter().filter(|subject| matches!(subject, Subject::Pointer(..)));
+            Subject::Pointer(pointers.count(), name.to_owned(), Pointer::parse(name)?)
+        } else {
+            let names = Field::NAMED.iter().map(|(name, _)| *name);
+            return Err(unknown("field", name, &names.chain(["token", "/json/pointer"]).collect::<Vec<_>>()));
+        };
+        let place = SubjectId(self.list.len());
+        self.list.push(subject);
+        self.places.insert(name.to_owned(), place);
+        Ok(place)
+    }
+
+    pub(super) fn into_list(self) -> Vec<Subject> {
+        self.list
+    }
 }
 
 impl Reader<'_> {
     /// What the conditions look at.
     pub(super) fn into_subjects(self) -> Vec<Subject> {
-        self.subjects
+        self.subjects.list
     }
 
     fn route(&mut self, number: usize, mut section: Section<'_>) -> Route {
@@ -144,7 +182,7 @@ impl Reader<'_> {
 
     pub(super) fn conditions(&mut self, when: &Section<'_>) -> Vec<Condition> {
         let condition = |(key, value): (Key<'_>, Value<'_>)| {
-            let subject = self.subject(&key).map_err(|problem| when.problem_at(&key.place, problem)).ok()?;
+            let subject = self.subjects.place(key.name).map_err(|problem| when.problem_at(&key.place, problem)).ok()?;
             let (mut tests, written) = tests(value);
             if let Some(running) = self.running.filter(|_| refers(&written)) {
                 match running.tests(key.name, &written) {
@@ -155,27 +193,6 @@ impl Reader<'_> {
             Some(Condition { subject, tests, written })
         };
         when.entries().into_iter().filter_map(condition).collect()
-    }
-
-    fn subject(&mut self, key: &Key<'_>) -> Result<SubjectId, String> {
-        if let Some(known) = self.places.get(key.name) {
-            return Ok(*known);
-        }
-        let subject = if let Some(field) = Field::from_name(key.name) {
-            Subject::Field(field)
-        } else if key.name == "token" {
-            Subject::Token
-        } else if key.name.starts_with('/') {
-            let pointers = self.subjects.iter().filter(|subject| matches!(subject, Subject::Pointer(..)));
-            Subject::Pointer(pointers.count(), key.name.to_owned(), Pointer::parse(key.name)?)
-        } else {
-            let names = Field::NAMED.iter().map(|(name, _)| *name);
-            return Err(unknown("field", key.name, &names.chain(["token", "/json/pointer"]).collect::<Vec<_>>()));
-        };
-        let place = SubjectId(self.subjects.len());
-        self.subjects.push(subject);
-        self.places.insert(key.name.to_owned(), place);
-        Ok(place)
     }
 }
 
@@ -238,7 +255,7 @@ fn list(value: Value<'_>) -> Option<Patterns> {
 
 fn regex(value: Value<'_>) -> Option<Test> {
     let (pattern, secret) = value.text()?;
-    match RegexBuilder::new(&pattern).size_limit(MAX_REGEX).build() {
+    match regex_of(&pattern) {
         Ok(regex) => return Some(Test::Regex(regex)),
         Err(_) if secret => value.problem("the regex is not valid"),
         Err(regex::Error::CompiledTooBig(limit)) => {
@@ -252,6 +269,10 @@ fn regex(value: Value<'_>) -> Option<Test> {
         }
     }
     None
+}
+
+pub(super) fn regex_of(pattern: &str) -> Result<Regex, regex::Error> {
+    RegexBuilder::new(pattern).size_limit(MAX_REGEX).build()
 }
 
 fn exists(value: Value<'_>) -> Option<Test> {

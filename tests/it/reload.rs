@@ -276,6 +276,44 @@ async fn a_backlog_follows_the_new_rules_and_nothing_is_lost_between_them() {
     relay.stop().await;
 }
 
+/// Rules that change while a sink has a backlog, by a reload or while nobody runs: events that another sink has read past by
+/// then stay with the one that had them, also after a restart.
+#[tokio::test]
+async fn a_backlog_keeps_its_sinks_over_restarts() {
+    for (by_reload, kill) in [(true, true), (true, false), (false, false)] {
+        let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);
+        let rules = |routes: String| rules(&one, &two, &routes);
+        // It answers nobody at first.
+        let away = |rules: String| rules.replace(&one.url("/"), "http://127.0.0.1:9/");
+        let setup = Setup::new(&away(rules(to("\"one\""))));
+        let relay = setup.start().await;
+        let mut ids = BTreeSet::new();
+        for number in 0..200 {
+            ids.extend(relay.post(event(number, "sent")).await.ids());
+        }
+        relay.sink_is("two", "has read past them", |sink| sink["lag_events"] == 0).await;
+        if by_reload {
+            setup.file("routes.toml", &away(rules(to("\"two\""))));
+            assert_eq!(reload(&relay).await["outcome"], "applied");
+        }
+        match kill {
+            true => drop(relay.kill().await),
+            false => drop(relay.stop().await),
+        }
+        setup.file("routes.toml", &rules(to("\"two\"")));
+        let relay = setup.start().await;
+        let last = relay.post(event(1000, "sent")).await.ids();
+        let received = one.wait_for(200).await;
+        let received: BTreeSet<_> = received.iter().map(|received| received.id().to_owned()).collect();
+        assert_eq!(received, ids, "by reload: {by_reload}, killed: {kill}");
+        assert_eq!(two.wait_for(1).await[0].id(), last[0]);
+        let drained = relay.command(&["drain", "--timeout", "20s"]).await;
+        assert_eq!(drained.code, Some(0), "{drained:?}");
+        relay.stop().await;
+        assert_eq!((one.received().len(), two.received().len()), (200, 1));
+    }
+}
+
 /// A lane that ends must not be waited for, nor its successor be told what is out of date.
 #[tokio::test]
 async fn a_sink_that_changes_again_before_its_lane_has_ended() {
