@@ -1,4 +1,5 @@
-//! The ledger: each lane's progress, its parked deliveries and the dead letters, in an SQLite database.
+//! The ledger: each lane's progress, its parked deliveries, the dead letters, and the rules that lanes follow, in an SQLite
+//! database.
 //!
 //! One thread owns the connection. Whatever lanes ask for meanwhile goes into one transaction, so that a busy relay
 //! still syncs only a few times a second. A lane's progress and the deliveries that it parks or buries move together.

@@ -6,7 +6,7 @@
 //!
 //! Pure: it knows positions and names, and reads nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -42,7 +42,8 @@ struct Stage {
 #[derive(Serialize, Deserialize)]
 struct StoredStage {
     table: String,
-    passed: HashMap<String, i64>,
+    /// In order, so that the same stage has the same text.
+    passed: BTreeMap<String, i64>,
     until: i64,
 }
 

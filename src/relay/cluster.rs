@@ -5,9 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::RunError;
@@ -32,6 +34,8 @@ pub(super) struct Cluster {
     ending: JoinSet<()>,
     metrics: Metrics,
     traces: Option<Traces>,
+    /// How long a post may take for what is under way that ends because its sink has changed.
+    grace: Duration,
 }
 
 struct Running {
@@ -50,11 +54,12 @@ impl Cluster {
         board: Board,
         metrics: Metrics,
         traces: Option<Traces>,
+        grace: Duration,
     ) -> Result<Self, RunError> {
         let (in_force, posts, ending) = (InForce::new(rules), BTreeMap::new(), JoinSet::new());
-        let mut cluster = Self { journal, board, in_force, posts, ending, metrics, traces };
+        let mut cluster = Self { journal, board, in_force, posts, ending, metrics, traces, grace };
         for built in cluster.in_force.build(cluster.traces.as_ref())? {
-            let (name, running) = cluster.open(built, &cluster.in_force.rules().table, Controls::default())?;
+            let (name, running) = cluster.open(built, &cluster.in_force.rules().table)?;
             cluster.posts.insert(name, running);
         }
         cluster.publish();
@@ -82,9 +87,7 @@ impl Cluster {
         // A sink that is new has to be there before anything is addressed to it; one that goes, as long as something is.
         let mut opened = Vec::new();
         for built in plan.added.into_iter().chain(plan.replaced) {
-            let before = self.posts.get(built.name());
-            let controls = before.map(|running| running.controls.clone()).unwrap_or_default();
-            opened.push(self.open(built, &rules.table, controls)?);
+            opened.push(self.open(built, &rules.table)?);
         }
         self.journal.readdress(Box::new(ByRules::new(&rules.table, self.journal.config(), &self.metrics)));
         for (name, running) in opened {
@@ -110,7 +113,7 @@ impl Cluster {
                 return name.clone();
             }
             while self.ending.try_join_next().is_some() {}
-            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
 
@@ -126,7 +129,11 @@ impl Cluster {
                 remains.push((name.clone(), left));
             }
         }
-        while self.ending.join_next().await.is_some() {}
+        match phase {
+            // They may be at what takes them long while brokers are away.
+            Phase::Ending => self.ending.shutdown().await,
+            Phase::Running | Phase::Finishing => while self.ending.join_next().await.is_some() {},
+        }
     }
 
     /// Closes the connections of all sinks.
@@ -136,8 +143,9 @@ impl Cluster {
     }
 
     /// A sink's post, which ends if it is dropped.
-    fn open(&self, built: Built, table: &Arc<Table>, controls: Controls) -> Result<(String, Running), RunError> {
-        let (name, built) = (built.name().to_owned(), Arc::new(built));
+    fn open(&self, built: Built, table: &Arc<Table>) -> Result<(String, Running), RunError> {
+        // Controls of its own: a post that ends says last of all that it has no lanes.
+        let (name, built, controls) = (built.name().to_owned(), Arc::new(built), Controls::default());
         controls.set_paused(admin::Cluster::is_paused(&self.board, &name));
         let course = Arc::new(Course::new(Arc::clone(table)));
         let post = Post::open(Arc::clone(&built), &self.journal, course, self.metrics.clone(), controls.clone())?;
@@ -151,10 +159,14 @@ impl Cluster {
         let Some(Running { built, phase, bury: told, task, .. }) = self.posts.remove(name) else { return false };
         told.send_replace(bury);
         phase.send_replace(Phase::Finishing);
+        let grace = self.grace;
         self.ending.spawn(async move {
+            let mut task = task;
             // A panic there has been reported by the task itself.
-            drop(task.await);
-            drop(phase);
+            if timeout(grace, &mut task).await.is_err() {
+                phase.send_replace(Phase::Ending);
+                drop(task.await);
+            }
             built.close().await;
         });
         true

@@ -13,7 +13,7 @@ use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinError, JoinHandle};
-use tokio::time::{sleep, timeout};
+use tokio::time::{interval, sleep, timeout};
 use tracing::{debug, error, info, warn};
 
 use super::in_force::Built;
@@ -23,7 +23,7 @@ use crate::lane::{Beginning, Control, Controls, Course, Kept, Lane, Metrics, Pha
 use crate::ledger::shared::{Loaded, Shared};
 use crate::ledger::{Account, LedgerError};
 
-/// How long deliveries under way may take when a partition goes elsewhere.
+/// How long deliveries under way may take when a partition goes elsewhere: others wait for it.
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// How long lanes may take that are to end at once, and how long leaving a group may take.
 const END: Duration = Duration::from_secs(3);
@@ -109,6 +109,7 @@ impl Post {
     /// Carries on until `phase` says to end, or a lane has ended that should not have; what remains of the partitions that were
     /// ours then. With `bury`, what is parked becomes dead letters.
     pub(super) async fn run(mut self, mut phase: watch::Receiver<Phase>, bury: watch::Receiver<bool>) -> Remains {
+        let mut looks = interval(LOOK);
         loop {
             tokio::select! {
                 biased;
@@ -117,7 +118,7 @@ impl Post {
                 Some((partition, arrival, loaded)) = self.taking_over.next() => {
                     self.taken_over(partition, arrival, loaded);
                 }
-                () = sleep(LOOK) => {
+                _ = looks.tick() => {
                     self.controls.set_not_joined(self.group.not_joined());
                     if self.has_failed() {
                         break;
@@ -130,7 +131,7 @@ impl Post {
         // Of the others what is parked is not known here, or not any more.
         let runs = |partition: &i32| matches!(self.lanes.get(partition), Some(State::Running(_)));
         let (running, coming): (Vec<_>, Vec<_>) = ours.iter().partition(|partition| runs(partition));
-        let ended = self.end_lanes(&ours, false, how, &mut phase).await;
+        let ended = self.end_lanes(&ours, false, how, None, &mut phase).await;
         if *bury.borrow() {
             let dead_letters = bury_parked(&self.name, &self.ledger, &running).await;
             self.metrics.buried(&self.name, dead_letters);
@@ -179,7 +180,7 @@ impl Post {
                 let how = if lost { Phase::Ending } else { Phase::Finishing };
                 // Nobody changes this one: it has its own time.
                 let (_told, mut phase) = watch::channel(how);
-                self.end_lanes(&partitions, lost, how, &mut phase).await;
+                self.end_lanes(&partitions, lost, how, Some(GIVE_UP), &mut phase).await;
                 // Who waits for it stays until it is done.
                 done.send(()).unwrap_or(());
             }
@@ -240,12 +241,14 @@ impl Post {
         Ok(Running { account: own, control, phase, task })
     }
 
-    /// Ends the lanes of these partitions: those that finish have [`GIVE_UP`], and the caller may change its mind.
+    /// Ends the lanes of these partitions: those that finish have so long, if there is a limit, or until the caller changes
+    /// its mind.
     async fn end_lanes(
         &mut self,
         partitions: &[i32],
         lost: bool,
         how: Phase,
+        limit: Option<Duration>,
         phase: &mut watch::Receiver<Phase>,
     ) -> Remains {
         let mut remains = Remains { unread: Vec::new(), parked: 0, kept: None };
@@ -275,7 +278,7 @@ impl Post {
         tell(how);
         let finished = tokio::select! {
             ended = &mut ended => Some(ended),
-            () = sleep(GIVE_UP) => None,
+            () = sleep(limit.unwrap_or_default()), if limit.is_some() => None,
             () = reached(phase, Phase::Ending), if how != Phase::Ending => None,
         };
         let ended = match finished {

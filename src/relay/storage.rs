@@ -112,7 +112,7 @@ impl Opened {
         metrics: &Metrics,
         traces: Option<&Traces>,
     ) -> Result<Self, RunError> {
-        let config = config.journal.kafka();
+        let (grace, config) = (config.shutdown.grace, config.journal.kafka());
         let addressing = Box::new(ByRules::new(&rules.table, &config, &metrics.lanes));
         let journal = Arc::new(kafka::Journal::open(config.clone(), addressing).await?);
         let letters = Letters::Shared {
@@ -121,7 +121,8 @@ impl Opened {
         };
         let view = View::Kafka(journal.view());
         let board = kafka::Board::open(&config, journal.reception().clone()).await?;
-        let cluster = Cluster::start(rules, journal, board.clone(), metrics.lanes.clone(), traces.cloned())?;
+        let counts = metrics.lanes.clone();
+        let cluster = Cluster::start(rules, journal, board.clone(), counts, traces.cloned(), grace)?;
         Ok(Self {
             carriers: Carriers::Kafka(Box::new(cluster)),
             journal: view,
