@@ -156,12 +156,11 @@ impl Cluster {
 
     /// Lets a post finish what is under way; whether there is one.
     fn end(&mut self, name: &str, bury: bool) -> bool {
-        let Some(Running { built, phase, bury: told, task, .. }) = self.posts.remove(name) else { return false };
+        let Some(Running { built, phase, bury: told, mut task, .. }) = self.posts.remove(name) else { return false };
         told.send_replace(bury);
         phase.send_replace(Phase::Finishing);
         let grace = self.grace;
         self.ending.spawn(async move {
-            let mut task = task;
             // A panic there has been reported by the task itself.
             if timeout(grace, &mut task).await.is_err() {
                 phase.send_replace(Phase::Ending);

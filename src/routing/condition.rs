@@ -120,9 +120,7 @@ impl Patterns {
         self.exact.binary_search_by(|exact| exact.as_str().cmp(value)).is_ok()
             || self.wildcards.iter().any(|wildcard| wildcard.matches(value))
     }
-}
 
-impl Patterns {
     /// What they can be made of again.
     pub(super) fn written(&self) -> Vec<String> {
         self.exact.iter().cloned().chain(self.wildcards.iter().map(Wildcard::written)).collect()

@@ -49,7 +49,7 @@ impl Table {
             unrouted.finish();
         }
         let sinks = sinks.iter().map(|sink| sink.name.to_owned()).collect();
-        Self { sinks, index: Index::new(&routes), routes, subjects: reader.subjects.list, keep_unrouted }
+        Self { sinks, index: Index::new(&routes), routes, subjects: reader.into_subjects(), keep_unrouted }
     }
 }
 
@@ -131,7 +131,7 @@ impl Subjects {
 impl Reader<'_> {
     /// What the conditions look at.
     pub(super) fn into_subjects(self) -> Vec<Subject> {
-        self.subjects.list
+        self.subjects.into_list()
     }
 
     fn route(&mut self, number: usize, mut section: Section<'_>) -> Route {
