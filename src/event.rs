@@ -26,7 +26,8 @@ pub struct Event {
     token: Range<usize>,
     traceparent: Range<usize>,
     body: Range<usize>,
-    fields: [Option<Span>; Field::COUNT],
+    /// With [`ABSENT`] for offset where there is none.
+    fields: [Span; Field::COUNT],
     record: Bytes,
 }
 
@@ -59,17 +60,17 @@ impl Event {
         let id = EventId(input.array()?);
         let received_at = SystemTime::UNIX_EPOCH + Duration::from_micros(u64::from_le_bytes(input.array()?));
         let body_len = usize::try_from(u32::from_le_bytes(input.array()?)).map_err(|_| DecodeError::Malformed)?;
-        let mut fields = [None; Field::COUNT];
+        let mut fields = [(ABSENT, 0); Field::COUNT];
         for field in &mut fields {
-            let span = (u32::from_le_bytes(input.array()?), u32::from_le_bytes(input.array()?));
-            *field = (span.0 != ABSENT).then_some(span);
+            *field = (u32::from_le_bytes(input.array()?), u32::from_le_bytes(input.array()?));
         }
         let token = HEAD..HEAD + token_len;
         let traceparent = token.end..token.end + traceparent_len;
         let body = traceparent.end..traceparent.end + body_len;
         let after_head = record.len().checked_sub(body.start).ok_or(DecodeError::Malformed)?;
-        let inside = |&(offset, len): &Span| u64::from(offset) + u64::from(len) <= after_head as u64;
-        if body.end > record.len() || !fields.iter().flatten().all(inside) {
+        let inside =
+            |&(offset, len): &Span| offset == ABSENT || u64::from(offset) + u64::from(len) <= after_head as u64;
+        if body.end > record.len() || !fields.iter().all(inside) {
             return Err(DecodeError::Malformed);
         }
         Ok(Self { id, received_at, token, traceparent, body, fields, record })
@@ -133,7 +134,7 @@ impl Event {
     /// The value of a field: a string's content, a number or boolean as it was written. `None` where the event lacks it
     /// or has null, an array or an object in its place.
     pub fn field(&self, field: Field) -> Option<&str> {
-        let (offset, len) = (*self.fields.get(field as usize)?)?;
+        let (offset, len) = *self.fields.get(field as usize).filter(|(offset, _)| *offset != ABSENT)?;
         let start = self.body.start + offset as usize;
         self.text(start..start + len as usize)
     }

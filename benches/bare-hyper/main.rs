@@ -1,15 +1,21 @@
 //! The yardstick of `scripts/bench`: a bare hyper server that reads the body and answers 200, built like the ingress (one
 //! single-threaded runtime per core, connections dealt in turn) and doing nothing else.
 //!
-//! With a topic, it sends each body there first, as the relay's journal on Kafka does, and answers when it is acknowledged.
+//! With a directory, it first appends each body to a journal there, and answers when it is durable: the least that the relay
+//! can do. With a topic, it sends each body there, as the relay's journal on Kafka does, and answers when it is acknowledged.
 //!
-//! Usage: `bare-hyper ADDRESS [BROKERS TOPIC]`
+//! Usage: `bare-hyper ADDRESS [DIRECTORY | BROKERS TOPIC]`
 
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
+use engage_relay::journal::Position;
+use engage_relay::journal::disk::recovery::Known;
+use engage_relay::journal::disk::{Appender, Config, Journal, Metrics};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -22,6 +28,40 @@ use rdkafka::producer::{FutureProducer, FutureRecord};
 use tokio::sync::mpsc;
 
 static NUMBER: AtomicU64 = AtomicU64::new(0);
+
+/// Where bodies are kept.
+#[derive(Clone)]
+enum Store {
+    Nowhere,
+    Journal(Appender),
+    Topic(Topic),
+}
+
+impl Store {
+    /// Whether a body is kept there.
+    async fn keep(&self, body: &[u8]) -> bool {
+        match self {
+            Self::Nowhere => true,
+            Self::Journal(appender) => {
+                match appender.append(|entries| entries.entry(|out| out.extend_from_slice(body))) {
+                    Ok(append) => append.await.is_ok(),
+                    Err(_) => false,
+                }
+            }
+            Self::Topic(topic) => topic.send(body).await,
+        }
+    }
+}
+
+/// A journal as the relay has it, of which nothing is kept that is full.
+fn journal(dir: &Path) -> Result<Journal, Box<dyn std::error::Error>> {
+    let config = Config { retention: Duration::ZERO, ..Config::default() };
+    let known = Known { needed: None, floor: Position::ZERO };
+    let metrics = Metrics::new(&prometheus::Registry::new())?;
+    let (mut journal, _) = Journal::open(&dir.join("journal"), &dir.join("quarantine"), &config, known, metrics)?;
+    journal.start()?;
+    Ok(journal)
+}
 
 /// What is sent to a topic.
 #[derive(Clone)]
@@ -61,16 +101,21 @@ impl Topic {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address: SocketAddr = std::env::args().nth(1).ok_or("usage: bare-hyper ADDRESS")?.parse()?;
     let listener = TcpListener::bind(address)?;
-    let topic = match (std::env::args().nth(2), std::env::args().nth(3)) {
-        (Some(brokers), Some(topic)) => Some(Topic::new(&brokers, &topic)?),
-        _ => None,
+    let (journal, topic) = match (std::env::args().nth(2), std::env::args().nth(3)) {
+        (Some(brokers), Some(topic)) => (None, Some(Topic::new(&brokers, &topic)?)),
+        (Some(dir), None) => (Some(journal(dir.as_ref())?), None),
+        _ => (None, None),
     };
     let cores = std::thread::available_parallelism()?.get();
     let queues: Vec<_> = (0..cores)
         .map(|_| {
             let (sender, queue) = mpsc::channel(128);
-            let topic = topic.clone();
-            std::thread::spawn(move || serve(queue, topic));
+            let store = match (&journal, &topic) {
+                (Some(journal), _) => Store::Journal(journal.view().appender()),
+                (None, Some(topic)) => Store::Topic(topic.clone()),
+                (None, None) => Store::Nowhere,
+            };
+            std::thread::spawn(move || serve(queue, store));
             sender
         })
         .collect();
@@ -80,30 +125,39 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn serve(mut queue: mpsc::Receiver<TcpStream>, topic: Option<Topic>) -> std::io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+fn serve(mut queue: mpsc::Receiver<TcpStream>, store: Store) -> std::io::Result<()> {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    if let Store::Journal(appender) = store.clone() {
+        runtime.on_thread_park(move || appender.submit());
+    }
+    runtime.enable_all().build()?.block_on(async {
+        if let Store::Journal(appender) = store.clone() {
+            tokio::spawn(appender.courier());
+        }
         while let Some(stream) = queue.recv().await {
             stream.set_nodelay(true)?;
             stream.set_nonblocking(true)?;
             let io = TokioIo::new(tokio::net::TcpStream::from_std(stream)?);
             // A client that goes away is none of the measurement's business.
-            let topic = topic.clone();
+            let store = store.clone();
             tokio::spawn(async move {
-                let answer = service_fn(|request| answer(request, topic.as_ref()));
-                drop(http1::Builder::new().writev(false).serve_connection(io, answer).await)
+                let mut server = http1::Builder::new();
+                // As the ingress does it for those who wait for the journal.
+                server.writev(false).half_close(matches!(store, Store::Journal(_)));
+                let answer = service_fn(|request| answer(request, &store));
+                drop(server.serve_connection(io, answer).await)
             });
         }
         Ok(())
     })
 }
 
-async fn answer(request: Request<Incoming>, topic: Option<&Topic>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(request: Request<Incoming>, store: &Store) -> Result<Response<Full<Bytes>>, Infallible> {
     // As above.
     let body = request.into_body().collect().await;
     let mut response = Response::new(Full::from("ok"));
-    if let (Some(topic), Ok(body)) = (topic, body)
-        && !topic.send(&body.to_bytes()).await
+    if let Ok(body) = body
+        && !store.keep(&body.to_bytes()).await
     {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
     }

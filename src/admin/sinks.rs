@@ -248,7 +248,7 @@ async fn here(operated: &Operated, dead_letters: &HashMap<String, u64>) -> Resul
 }
 
 pub(super) async fn dead_letters(operated: &Operated) -> Result<HashMap<String, u64>, Problem> {
-    operated.letters.read(|letters| letters.counts()).await
+    operated.letters.read_so_far(|letters| letters.counts()).await
 }
 
 impl SinkStatus {

@@ -37,6 +37,20 @@ impl Letters {
         &self,
         read: impl FnOnce(&Reader) -> Result<T, LedgerError> + Send + 'static,
     ) -> Result<T, Problem> {
+        match self {
+            Self::Shared { letters, .. } if !letters.complete().await => Err(Problem::unavailable(
+                "the dead letters are still being read from the brokers; try again in a moment, and see the log if it stays so"
+                    .to_owned(),
+            )),
+            Self::Shared { .. } | Self::Own { .. } => self.read_so_far(read).await,
+        }
+    }
+
+    /// The same, though some may not have come from the brokers yet.
+    pub(super) async fn read_so_far<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Reader) -> Result<T, LedgerError> + Send + 'static,
+    ) -> Result<T, Problem> {
         let letters = self.clone();
         let work = move || match letters {
             Self::Own { file, .. } => Reader::open(&file).and_then(|letters| read(&letters)),

@@ -61,6 +61,8 @@ pub struct Entry {
     pub record: Bytes,
     /// The route that it was addressed by when it was appended, where entries are: it is for whom reads it then.
     pub route: Option<Arc<str>>,
+    /// When an operator sent it again, if it was appended for that.
+    pub again_at: Option<SystemTime>,
 }
 
 /// Whether appends can succeed.
@@ -344,7 +346,9 @@ impl Reader {
     pub fn read(&mut self, max_bytes: u64, mut visit: impl FnMut(Position, Entry) -> bool) -> Result<(), ReadError> {
         match self {
             Self::Disk(reader) => {
-                reader.read(max_bytes, |position, record| visit(position, Entry { record, route: None }))?;
+                reader.read(max_bytes, |position, record| {
+                    visit(position, Entry { record, route: None, again_at: None })
+                })?;
             }
             Self::Kafka(reader) => reader.read(max_bytes, visit)?,
             Self::Scan(scan) => scan.read(max_bytes, visit)?,

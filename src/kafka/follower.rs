@@ -43,6 +43,8 @@ struct Partition {
     /// Where it ended when it last said that it has no more. Behind the last record may be what only brokers need: where
     /// transactions ended.
     end: i64,
+    /// Whether it has said so yet.
+    has_ended: bool,
 }
 
 impl Follower {
@@ -78,8 +80,9 @@ impl Follower {
                 Some(Err(KafkaError::PartitionEOF(index))) => {
                     self.silence.heard(index);
                     let end = self.end(index);
-                    if let (Some(end), Some(partition)) = (end, of(&mut self.partitions, index)) {
-                        partition.end = end;
+                    if let Some(partition) = of(&mut self.partitions, index) {
+                        partition.has_ended = true;
+                        partition.end = end.unwrap_or(partition.end);
                     }
                 }
                 // It reconnects by itself.
@@ -87,6 +90,11 @@ impl Follower {
             }
             patience = Duration::ZERO;
         }
+    }
+
+    /// Whether all was read that was there at the beginning.
+    pub fn is_complete(&self) -> bool {
+        self.partitions.iter().all(|partition| partition.has_ended)
     }
 
     /// Where a partition ends; nothing if its broker does not say.
@@ -103,7 +111,7 @@ impl Follower {
         drop(self.asking.poll(Duration::ZERO));
         for _ in 0..self.partitions.len().div_ceil(TURNS) {
             let index = self.next;
-            let Some(Partition { read_to, end: passed }) = of(&mut self.partitions, index).copied() else { break };
+            let Some(Partition { read_to, end: passed, .. }) = of(&mut self.partitions, index).copied() else { break };
             self.next += 1;
             match self.end(index) {
                 Some(end) if end > read_to.max(passed) => {
@@ -198,5 +206,24 @@ mod tests {
         send(1, "c").await;
         assert_eq!(follow_until(&mut follower, 2), ["a", "c"], "the others go on meanwhile");
         assert_eq!(follow_until(&mut follower, 3), ["a", "c", "b"], "and nothing comes twice");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn it_is_complete_when_all_was_read_that_was_there() {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("copied", 3, 1).unwrap();
+        let mut client = ClientConfig::new();
+        client.set("bootstrap.servers", cluster.bootstrap_servers()).set("group.id", "copy");
+        let producer: FutureProducer = client.create().unwrap();
+        for number in 0..20 {
+            let record = FutureRecord::<str, str>::to("copied").partition(number % 2).payload("x");
+            producer.send(record, Duration::from_secs(60)).await.unwrap();
+        }
+        let mut follower = Follower::new(client, "copied".to_owned(), 3).unwrap();
+        let (mut followed, deadline) = (0, Instant::now() + Duration::from_secs(120));
+        while !follower.is_complete() && Instant::now() < deadline {
+            follower.follow(1, |_| followed += 1);
+        }
+        assert_eq!((followed, follower.is_complete()), (20, true));
     }
 }

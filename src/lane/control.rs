@@ -346,7 +346,7 @@ impl Lane {
 
     fn status(&mut self) -> Status {
         let waiting = self.unadmitted.front().and_then(|(_, found)| match found {
-            Found::Event { event, .. } => Some(ledger::millis(event.received_at())),
+            Found::Event { since, .. } => Some(*since),
             Found::Unreadable { .. } => None,
         });
         let oldest = self.window.oldest().or(waiting);

@@ -33,6 +33,7 @@ mod retry;
 mod source;
 mod storage;
 mod unrouted;
+mod unwritten;
 mod window;
 
 use std::collections::VecDeque;
@@ -69,12 +70,11 @@ use parking::Parking;
 use rate::Limit;
 use source::{Batch, Filter, Found, Source};
 use storage::Storing;
+use unwritten::Unwritten;
 use window::Window;
 
 /// The most events between the cursor and what was read last.
 const MAX_WINDOW: usize = 20_000;
-/// With more changes than this to be written nothing more is read.
-const MAX_CHANGES: usize = 2_000;
 /// When so many deliveries were parked since a sink began to fail, the lane reads on for others to probe with only now and
 /// then: each that fails is one more. But those that are parked may be the only ones that the sink refuses.
 const MANY_PARKED: usize = 64;
@@ -163,8 +163,8 @@ pub struct Lane {
     /// What outlives the lane when its sink's settings change.
     kept: Kept,
     hold: Hold,
-    /// What is to be written with the progress, in order, and who waits for that.
-    changes: Vec<Change>,
+    /// What is to be written with the progress, and who waits for that.
+    changes: Unwritten,
     taken: Vec<Taken>,
     settle_due: bool,
     unwritten: bool,
@@ -206,6 +206,8 @@ impl Lane {
         for (key, count) in parked {
             parking.add(key.map(|value| order.key(&value)), count);
         }
+        let mut changes = Unwritten::new(config.window_bytes);
+        changes.extend(hasten);
         let lane = Self {
             source: Source::new(reader, Filter::new(course, Arc::clone(&name))),
             name,
@@ -226,8 +228,8 @@ impl Lane {
             limited_until: None,
             kept,
             hold: Hold::No,
-            unwritten: hasten.is_some(),
-            changes: Vec::from_iter(hasten),
+            unwritten: !changes.is_empty(),
+            changes,
             taken: Vec::new(),
             settle_due: false,
             released: at,
@@ -323,7 +325,7 @@ impl Lane {
             && self.unadmitted.is_empty()
             && self.window.len() < MAX_WINDOW
             && self.window.bytes() < self.config.window_bytes
-            && self.changes.len() < MAX_CHANGES
+            && !self.changes.are_too_many()
             && !self.is_unwritten_for_long()
     }
 
@@ -355,7 +357,7 @@ impl Lane {
                 continue;
             }
             match found {
-                Found::Event { event, route } => self.admit_event(position, event, route),
+                Found::Event { event, route, since } => self.admit_event(position, event, route, since),
                 Found::Unreadable { record, error } => {
                     error!(sink = %self.name, position = position.to_stored(), %error, "an event can't be read; it is a dead letter now");
                     self.bury_unreadable(delivery::unreadable(position, record, error));
@@ -365,8 +367,7 @@ impl Lane {
         self.window.read_to(self.unadmitted.front().map_or(self.read_to, |(next, _)| *next));
     }
 
-    fn admit_event(&mut self, position: Position, event: Event, route: Route) {
-        let since = ledger::millis(event.received_at());
+    fn admit_event(&mut self, position: Position, event: Event, route: Route, since: Millis) {
         self.kept.meters.routed_by(route.name());
         let ticket = self.window.push(position, event.size(), since);
         let key = self.config.order_by.value(&event).map(|value| self.order.key(value));

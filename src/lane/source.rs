@@ -12,6 +12,7 @@ use super::STORAGE_PAUSE;
 use super::course::{Course, Route};
 use crate::event::Event;
 use crate::journal::{Entry, Position, ReadError, Reader};
+use crate::ledger::{self, Millis};
 use crate::routing::{Scratch, SinkId, UNROUTED};
 
 /// How much of the journal is read at once, in bytes.
@@ -47,7 +48,12 @@ pub(super) struct Batch {
 
 pub(super) enum Found {
     /// An event for the sink.
-    Event { event: Event, route: Route },
+    Event {
+        event: Event,
+        route: Route,
+        /// What its age counts from.
+        since: Millis,
+    },
     /// An entry that this version can't read.
     Unreadable { record: Bytes, error: String },
 }
@@ -165,7 +171,7 @@ impl Source {
 fn read(mut reader: Reader, filter: &Filter, bytes: u64) -> (Reader, Result<Batch, ReadError>) {
     let mut found = Vec::new();
     let mut scratch = Scratch::default();
-    let result = reader.read(bytes, |position, Entry { record, route }| {
+    let result = reader.read(bytes, |position, Entry { record, route, again_at }| {
         match Event::decode(record.clone()) {
             Ok(event) => {
                 let route = match route {
@@ -173,7 +179,8 @@ fn read(mut reader: Reader, filter: &Filter, bytes: u64) -> (Reader, Result<Batc
                     None => filter.route(position, &event, &mut scratch),
                 };
                 if let Some(route) = route {
-                    found.push((position, Found::Event { event: event.detached(), route }));
+                    let since = ledger::millis(again_at.unwrap_or(event.received_at()));
+                    found.push((position, Found::Event { event: event.detached(), route, since }));
                 }
             }
             Err(error) => found.push((position, Found::Unreadable { record, error: error.to_string() })),

@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use tracing::warn;
 
 use super::control::Taken;
-use super::{CLOCK_MARGIN, FETCH, Lane, MAX_CHANGES, MAX_WINDOW, STORAGE_PAUSE, UNWRITTEN};
+use super::{CLOCK_MARGIN, FETCH, Lane, MAX_WINDOW, STORAGE_PAUSE, UNWRITTEN};
 use crate::journal::Position;
 use crate::ledger::{self, Change, Due, LedgerError, Millis, Progress, Wanted};
 use crate::sink::MAX_ASKED;
@@ -37,7 +37,7 @@ impl Lane {
         if storing.is_some() {
             return;
         }
-        if self.settle_due || self.changes.len() > MAX_CHANGES / 2 {
+        if self.settle_due || self.changes.are_many() {
             *storing = Some(self.settle());
         } else if running && !self.kept.paused && self.look_at().is_some_and(|at| at <= now) {
             *storing = Some(self.fetch(false));
@@ -73,7 +73,7 @@ impl Lane {
         self.unwritten = false;
         let account = self.account.clone();
         let progress = Progress { cursor: self.window.cursor(), ahead: self.window.ahead() };
-        let (changes, taken) = (std::mem::take(&mut self.changes), std::mem::take(&mut self.taken));
+        let (changes, taken) = (self.changes.take(), std::mem::take(&mut self.taken));
         Box::pin(async move {
             let cursor = progress.cursor;
             let result = account.settle(progress, changes.clone()).await;
@@ -119,10 +119,10 @@ impl Lane {
                 self.parking.written(&changes, now);
                 self.answer_taken(taken, exhumed);
             }
-            Stored::Settled { mut changes, mut taken, result: Err(error), .. } => {
-                changes.append(&mut self.changes);
+            Stored::Settled { changes, mut taken, result: Err(error), .. } => {
+                self.changes.put_back(changes);
                 taken.append(&mut self.taken);
-                (self.changes, self.taken) = (changes, taken);
+                self.taken = taken;
                 self.unwritten = true;
                 warn!(sink = %self.name, %error, "what is settled can't be written; after a crash deliveries would be repeated");
             }

@@ -64,6 +64,18 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// How many bytes of memory it takes, about.
+    pub fn size(&self) -> usize {
+        let more = match self {
+            Self::Park(parked) => size_of::<Parked>() + parked.record.len(),
+            Self::Bury(letter) => size_of::<DeadLetter>() + letter.record.len(),
+            Self::Postpone { .. } | Self::Unpark { .. } | Self::Exhume { .. } | Self::Hasten { .. } => 0,
+        };
+        size_of::<Self>() + more
+    }
+}
+
 /// A delivery to be tried later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "named like the columns")]

@@ -458,6 +458,17 @@ pub(crate) async fn set_topic(brokers: &str, topic: &str, settings: &[(&str, &st
     assert!(done.iter().all(Result::is_ok), "cannot set {settings:?}: {done:?}");
 }
 
+/// Removes all that is in a topic, as its retention does.
+pub(crate) async fn empty_topic(brokers: &str, topic: &str, partitions: i32) {
+    let mut all = TopicPartitionList::new();
+    for partition in 0..partitions {
+        all.add_partition_offset(topic, partition, Offset::End).expect("a partition");
+    }
+    let options = AdminOptions::new().operation_timeout(Some(DEADLINE)).request_timeout(Some(DEADLINE));
+    let done = admin(brokers).delete_records(&all, &options).await.expect("Kafka answers");
+    assert!(done.elements().iter().all(|partition| partition.error().is_ok()), "cannot empty {topic}: {done:?}");
+}
+
 /// Collects what is and comes in topics, from their beginning. It outlives a restart of the brokers.
 pub(crate) struct KafkaReader {
     pub(crate) inbox: Inbox,

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use rdkafka::config::FromClientConfigAndContext;
@@ -17,6 +17,7 @@ use tokio::sync::{Notify, watch};
 use tracing::{debug, error, warn};
 
 use super::ends::advance;
+use super::scan::is_replay;
 use super::{Config, Ends};
 use crate::journal::{Entry, Position};
 use crate::kafka::{GivenUp, Log, Silence};
@@ -54,6 +55,8 @@ struct Feed {
     supply: Arc<Supply>,
     /// What is read next.
     next: AtomicI64,
+    /// Where the partition begins, as far as is known: what was before has been removed.
+    begin: AtomicI64,
 }
 
 /// Whether there is something in a queue.
@@ -114,8 +117,8 @@ impl Readers {
         let mut reading = self.lock();
         let queue = queue(&reading.consumer, &self.config.events(), partition, &supply)?;
         assign(&reading.consumer, &self.config.events(), [(partition, from.to_stored())])?;
-        let next = AtomicI64::new(from.to_stored());
-        let feed = Arc::new(Feed { queue: Mutex::new(queue), supply, next });
+        let (next, begin) = (AtomicI64::new(from.to_stored()), AtomicI64::new(0));
+        let feed = Arc::new(Feed { queue: Mutex::new(queue), supply, next, begin });
         reading.feeds.insert(partition, Arc::clone(&feed));
         drop(reading);
         self.silence.heard(partition);
@@ -176,6 +179,10 @@ impl Readers {
         let bounds = client.fetch_watermarks(&self.config.events(), silent, TIMEOUT);
         let mut reading = self.lock();
         // Retention may have removed all that there was.
+        if let (Ok((begin, _)), Some(feed)) = (&bounds, reading.feeds.get(&silent)) {
+            feed.begin.store(*begin, Ordering::Relaxed);
+            feed.supply.filled.notify_one();
+        }
         let has_more = bounds.as_ref().is_ok_and(|(begin, end)| *end > from.max(*begin));
         // And it may have given something meanwhile, or be another replica's.
         let feed = reading.feeds.get(&silent);
@@ -277,6 +284,7 @@ impl Reader {
         while self.ahead.is_none() {
             match self.take() {
                 Ok(Some(read)) => self.ahead = Some(read),
+                Ok(None) if self.removed_to().is_some() => return,
                 Ok(None) => self.feed.supply.filled.notified().await,
                 // It comes again, or is over, when the partition is read.
                 Err(_) => return,
@@ -295,7 +303,12 @@ impl Reader {
                 Some(read) => read,
                 None => match self.take()? {
                     Some(read) => read,
-                    None => return Ok(()),
+                    None => {
+                        if let Some(begin) = self.removed_to() {
+                            self.miss_to(begin);
+                        }
+                        return Ok(());
+                    }
                 },
             };
             left = left.saturating_sub(read.bytes);
@@ -314,15 +327,30 @@ impl Reader {
         if position < self.next {
             return None;
         }
-        let lost = position.since(self.next);
-        if lost > 0 {
-            let (sink, partition, from) = (&self.sink, self.partition, self.next.to_stored());
-            error!(%sink, partition, from, lost, "entries are lost from the journal: its topic has not kept them until they were read");
+        if position > self.next {
+            self.miss_to(position);
         }
-        self.next = Position(position.0 + 1);
-        self.feed.next.store(self.next.to_stored(), Ordering::Relaxed);
-        advance(&self.end, self.next);
+        self.move_to(Position(position.0 + 1));
         Some(position)
+    }
+
+    /// Where the partition begins, if what is read next has been removed.
+    fn removed_to(&self) -> Option<Position> {
+        Some(Position::from_stored(self.feed.begin.load(Ordering::Relaxed))).filter(|begin| *begin > self.next)
+    }
+
+    /// Goes on at a position, without those before it.
+    fn miss_to(&mut self, position: Position) {
+        let (sink, partition, from) = (&self.sink, self.partition, self.next.to_stored());
+        let lost = position.since(self.next);
+        error!(%sink, partition, from, lost, "entries are lost from the journal: its topic has not kept them until they were read");
+        self.move_to(position);
+    }
+
+    fn move_to(&mut self, next: Position) {
+        self.next = next;
+        self.feed.next.store(next.to_stored(), Ordering::Relaxed);
+        advance(&self.end, next);
     }
 
     fn take(&self) -> Result<Option<Read>, ReadError> {
@@ -346,9 +374,18 @@ impl Reader {
         Read {
             position: Position::from_stored(message.offset()),
             bytes: payload.len() as u64 + 64,
-            entry: route.map(|route| Entry { record: Bytes::copy_from_slice(payload), route: Some(route) }),
+            entry: route.map(|route| Entry {
+                record: Bytes::copy_from_slice(payload),
+                route: Some(route),
+                again_at: is_replay(message).then(|| written_at(message)).flatten(),
+            }),
         }
     }
+}
+
+fn written_at(message: &BorrowedMessage<'_>) -> Option<SystemTime> {
+    let millis = u64::try_from(message.timestamp().to_millis()?).ok()?;
+    UNIX_EPOCH.checked_add(Duration::from_millis(millis))
 }
 
 /// A partition could not be read.

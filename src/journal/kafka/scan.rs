@@ -106,7 +106,7 @@ impl Scan {
             let position = number_of(partition, message.offset());
             let entry = (!is_replay(&message)).then(|| {
                 let record = Bytes::copy_from_slice(message.payload().unwrap_or_default());
-                Entry { record, route: None }
+                Entry { record, route: None, again_at: None }
             });
             left = left.saturating_sub(message.payload_len() as u64 + 64);
             let offset = message.offset();
@@ -161,7 +161,7 @@ fn written_since(
     })
 }
 
-fn is_replay(message: &BorrowedMessage<'_>) -> bool {
+pub(super) fn is_replay(message: &BorrowedMessage<'_>) -> bool {
     let headers = message.headers();
     headers.iter().flat_map(|headers| headers.iter()).any(|header| header.key == REPLAYED)
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 use rdkafka::error::KafkaError;
 use rdkafka::message::Message as _;
 use rusqlite::{Connection, OptionalExtension as _, params};
+use tokio::sync::watch;
+use tokio::time::timeout;
 use tracing::{error, warn};
 
 use super::super::changes::bury;
@@ -20,6 +22,8 @@ use crate::kafka::{Follower, Producer, SendError};
 const BATCH: usize = 500;
 /// After what could not be noted.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How long a request waits for the copy to be complete.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A copy of all dead letters, and the way to discard them. Clones share it.
 #[derive(Clone)]
@@ -27,6 +31,8 @@ pub struct Letters(Arc<Kept>);
 
 struct Kept {
     reader: Arc<Mutex<Reader>>,
+    /// Whether it has all that was there at the start. Before, it may have what was discarded long ago.
+    is_complete: watch::Receiver<bool>,
     /// Of what is discarded.
     producer: Producer,
     topic: String,
@@ -58,17 +64,28 @@ impl Letters {
         let producer = config.producer();
         let stopped = Arc::new(AtomicBool::new(false));
         let (stop, notes) = (Arc::clone(&stopped), Arc::clone(&reader));
+        let (tell_complete, is_complete) = watch::channel(false);
         let follow = move || {
             let mut found = Vec::new();
             while !stop.load(Ordering::Relaxed) {
                 follow(&mut follower, &notes, &mut found);
+                if found.is_empty() && follower.is_complete() {
+                    tell_complete.send_if_modified(|is_complete| !std::mem::replace(is_complete, true));
+                }
             }
         };
         std::thread::Builder::new().name("dead-letters".to_owned()).spawn(follow).map_err(LedgerError::Thread)?;
-        Ok(Self(Arc::new(Kept { reader, producer, topic, turn: tokio::sync::Mutex::default(), stopped })))
+        let turn = tokio::sync::Mutex::default();
+        Ok(Self(Arc::new(Kept { reader, is_complete, producer, topic, turn, stopped })))
     }
 
-    /// Reads the copy. Blocks.
+    /// Waits, for a while, until the copy has all that was there at the start; whether it has.
+    pub async fn complete(&self) -> bool {
+        let mut is_complete = self.0.is_complete.clone();
+        timeout(PATIENCE, is_complete.wait_for(|is_complete| *is_complete)).await.is_ok_and(|found| found.is_ok())
+    }
+
+    /// Reads the copy, as far as there is one. Blocks.
     pub fn read<T>(&self, read: impl FnOnce(&Reader) -> T) -> T {
         read(&lock(&self.0.reader))
     }
