@@ -101,20 +101,22 @@ impl Topic {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address: SocketAddr = std::env::args().nth(1).ok_or("usage: bare-hyper ADDRESS")?.parse()?;
     let listener = TcpListener::bind(address)?;
-    let (journal, topic) = match (std::env::args().nth(2), std::env::args().nth(3)) {
-        (Some(brokers), Some(topic)) => (None, Some(Topic::new(&brokers, &topic)?)),
-        (Some(dir), None) => (Some(journal(dir.as_ref())?), None),
-        _ => (None, None),
+    let store: Box<dyn Fn() -> Store> = match (std::env::args().nth(2), std::env::args().nth(3)) {
+        (Some(brokers), Some(topic)) => {
+            let topic = Topic::new(&brokers, &topic)?;
+            Box::new(move || Store::Topic(topic.clone()))
+        }
+        (Some(dir), None) => {
+            let journal = journal(dir.as_ref())?;
+            Box::new(move || Store::Journal(journal.view().appender()))
+        }
+        _ => Box::new(|| Store::Nowhere),
     };
     let cores = std::thread::available_parallelism()?.get();
     let queues: Vec<_> = (0..cores)
         .map(|_| {
             let (sender, queue) = mpsc::channel(128);
-            let store = match (&journal, &topic) {
-                (Some(journal), _) => Store::Journal(journal.view().appender()),
-                (None, Some(topic)) => Store::Topic(topic.clone()),
-                (None, None) => Store::Nowhere,
-            };
+            let store = store();
             std::thread::spawn(move || serve(queue, store));
             sender
         })

@@ -39,8 +39,7 @@ impl Letters {
     ) -> Result<T, Problem> {
         match self {
             Self::Shared { letters, .. } if !letters.complete().await => Err(Problem::unavailable(
-                "the dead letters are still being read from the brokers; try again in a moment, and see the log if it stays so"
-                    .to_owned(),
+                "the dead letters are still being read from the brokers; try again in a moment, and see the log if it stays so",
             )),
             Self::Shared { .. } | Self::Own { .. } => self.read_so_far(read).await,
         }

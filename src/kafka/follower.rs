@@ -168,22 +168,29 @@ fn assigned(client: &ClientConfig, topic: &str, partitions: &[Partition]) -> Kaf
 #[cfg(test)]
 mod tests {
     use rdkafka::mocking::MockCluster;
-    use rdkafka::producer::{FutureProducer, FutureRecord};
+    use rdkafka::producer::{DefaultProducerContext, FutureProducer, FutureRecord};
 
     use super::*;
+
+    /// A cluster with the topic `copied`, a client of it, and a producer.
+    fn cluster(partitions: i32) -> (MockCluster<'static, DefaultProducerContext>, ClientConfig, FutureProducer) {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("copied", partitions, 1).unwrap();
+        let mut client = ClientConfig::new();
+        client.set("bootstrap.servers", cluster.bootstrap_servers()).set("group.id", "copy");
+        let producer = client.create().unwrap();
+        (cluster, client, producer)
+    }
+
+    async fn send(producer: &FutureProducer, partition: i32, value: &str) {
+        let record = FutureRecord::<str, str>::to("copied").partition(partition).payload(value);
+        producer.send(record, Duration::from_secs(60)).await.unwrap();
+    }
 
     /// Pausing stands for what librdkafka may do by itself: see [`super::super::silence`].
     #[tokio::test(flavor = "multi_thread")]
     async fn a_partition_that_gives_nothing_is_read_on() {
-        let cluster = MockCluster::new(1).unwrap();
-        cluster.create_topic("copied", 2, 1).unwrap();
-        let mut client = ClientConfig::new();
-        client.set("bootstrap.servers", cluster.bootstrap_servers()).set("group.id", "copy");
-        let producer: FutureProducer = client.create().unwrap();
-        let send = async |partition, value: &str| {
-            let record = FutureRecord::<str, str>::to("copied").partition(partition).payload(value);
-            producer.send(record, Duration::from_secs(60)).await.unwrap();
-        };
+        let (_cluster, client, producer) = cluster(2);
         let mut follower = Follower::new(client, "copied".to_owned(), 2).unwrap();
         let mut followed = Vec::new();
         let mut follow_until = |follower: &mut Follower, count| {
@@ -195,29 +202,24 @@ mod tests {
             }
             followed.clone()
         };
-        send(0, "a").await;
+        send(&producer, 0, "a").await;
         assert_eq!(follow_until(&mut follower, 1), ["a"]);
         let mut silent = TopicPartitionList::new();
         silent.add_partition("copied", 0);
         follower.consumer.pause(&silent).unwrap();
         // Or else its client does not end.
         drop(silent);
-        send(0, "b").await;
-        send(1, "c").await;
+        send(&producer, 0, "b").await;
+        send(&producer, 1, "c").await;
         assert_eq!(follow_until(&mut follower, 2), ["a", "c"], "the others go on meanwhile");
         assert_eq!(follow_until(&mut follower, 3), ["a", "c", "b"], "and nothing comes twice");
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn it_is_complete_when_all_was_read_that_was_there() {
-        let cluster = MockCluster::new(1).unwrap();
-        cluster.create_topic("copied", 3, 1).unwrap();
-        let mut client = ClientConfig::new();
-        client.set("bootstrap.servers", cluster.bootstrap_servers()).set("group.id", "copy");
-        let producer: FutureProducer = client.create().unwrap();
+        let (_cluster, client, producer) = cluster(3);
         for number in 0..20 {
-            let record = FutureRecord::<str, str>::to("copied").partition(number % 2).payload("x");
-            producer.send(record, Duration::from_secs(60)).await.unwrap();
+            send(&producer, number % 2, "x").await;
         }
         let mut follower = Follower::new(client, "copied".to_owned(), 3).unwrap();
         let (mut followed, deadline) = (0, Instant::now() + Duration::from_secs(120));

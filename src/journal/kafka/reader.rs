@@ -178,14 +178,14 @@ impl Readers {
     fn renew(&self, client: Arc<BaseConsumer<Log>>, silent: i32, from: i64) -> KafkaResult<()> {
         let bounds = client.fetch_watermarks(&self.config.events(), silent, TIMEOUT);
         let mut reading = self.lock();
-        // Retention may have removed all that there was.
-        if let (Ok((begin, _)), Some(feed)) = (&bounds, reading.feeds.get(&silent)) {
+        let feed = reading.feeds.get(&silent);
+        if let (Ok((begin, _)), Some(feed)) = (&bounds, feed) {
             feed.begin.store(*begin, Ordering::Relaxed);
             feed.supply.filled.notify_one();
         }
+        // Retention may have removed all that there was.
         let has_more = bounds.as_ref().is_ok_and(|(begin, end)| *end > from.max(*begin));
         // And it may have given something meanwhile, or be another replica's.
-        let feed = reading.feeds.get(&silent);
         if !has_more || !feed.is_some_and(|feed| feed.is_silent_at(from)) {
             reading.given_up.end(client);
             return bounds.map(drop);

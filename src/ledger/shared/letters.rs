@@ -69,8 +69,8 @@ impl Letters {
             let mut found = Vec::new();
             while !stop.load(Ordering::Relaxed) {
                 follow(&mut follower, &notes, &mut found);
-                if found.is_empty() && follower.is_complete() {
-                    tell_complete.send_if_modified(|is_complete| !std::mem::replace(is_complete, true));
+                if found.is_empty() {
+                    tell_complete.send_replace(follower.is_complete());
                 }
             }
         };
