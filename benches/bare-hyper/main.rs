@@ -3,8 +3,9 @@
 //!
 //! With a directory, it first appends each body to a journal there, and answers when it is durable: the least that the relay
 //! can do. With a topic, it sends each body there, as the relay's journal on Kafka does, and answers when it is acknowledged.
+//! With a group, it also reads the topic as a member of that group, as a relay with a sink does, and throws away what it reads.
 //!
-//! Usage: `bare-hyper ADDRESS [DIRECTORY | BROKERS TOPIC]`
+//! Usage: `bare-hyper ADDRESS [DIRECTORY | BROKERS TOPIC [GROUP]]`
 
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -23,6 +24,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use rdkafka::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use tokio::sync::mpsc;
@@ -98,15 +100,40 @@ impl Topic {
     }
 }
 
+/// Reads a topic for a group, on a thread of its own, with the settings of the relay's readers.
+fn read(brokers: &str, topic: &str, group: &str) -> Result<(), KafkaError> {
+    let mut client = ClientConfig::new();
+    client
+        .set("bootstrap.servers", brokers)
+        .set("group.id", group)
+        .set("isolation.level", "read_committed")
+        .set("auto.offset.reset", "earliest")
+        .set("auto.commit.interval.ms", "1000")
+        .set("queued.min.messages", "1")
+        .set("fetch.queue.backoff.ms", "100")
+        .set("fetch.wait.max.ms", "100")
+        .set("fetch.message.max.bytes", "131072");
+    let consumer: BaseConsumer = client.create()?;
+    consumer.subscribe(&[topic])?;
+    std::thread::spawn(move || {
+        consumer.iter().for_each(|read| read.map(drop).unwrap_or_else(|error| eprintln!("{error}")))
+    });
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let address: SocketAddr = std::env::args().nth(1).ok_or("usage: bare-hyper ADDRESS")?.parse()?;
+    let mut arguments = std::env::args().skip(1);
+    let address: SocketAddr = arguments.next().ok_or("usage: bare-hyper ADDRESS")?.parse()?;
     let listener = TcpListener::bind(address)?;
-    let store: Box<dyn Fn() -> Store> = match (std::env::args().nth(2), std::env::args().nth(3)) {
-        (Some(brokers), Some(topic)) => {
+    let store: Box<dyn Fn() -> Store> = match (arguments.next(), arguments.next(), arguments.next()) {
+        (Some(brokers), Some(topic), group) => {
+            if let Some(group) = group {
+                read(&brokers, &topic, &group)?;
+            }
             let topic = Topic::new(&brokers, &topic)?;
             Box::new(move || Store::Topic(topic.clone()))
         }
-        (Some(dir), None) => {
+        (Some(dir), None, _) => {
             let journal = journal(dir.as_ref())?;
             Box::new(move || Store::Journal(journal.view().appender()))
         }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::{Offset, TopicPartitionList};
 use tokio::sync::watch;
 use tracing::debug;
 
@@ -36,10 +38,16 @@ impl Ends {
         let topic = config.events();
         let ask = move || {
             while !stopped.load(Ordering::Relaxed) {
-                for (partition, end) in (0..).zip(&*ends) {
-                    match consumer.fetch_watermarks(&topic, partition, TIMEOUT) {
-                        Ok((_, high)) => advance(end, Position::from_stored(high)),
-                        Err(error) => debug!(partition, %error, "the end of a partition is not known"),
+                // One request to each broker. A partition that nobody leads makes all fail.
+                if ask_for(&consumer, &topic, &ends, 0..partitions).is_err() {
+                    // Or else one that had no leader for a moment is taken to have none for many minutes.
+                    if let Err(error) = consumer.fetch_metadata(Some(&topic), TIMEOUT) {
+                        debug!(%error, "brokers do not say who leads");
+                    }
+                    for partition in 0..partitions {
+                        if let Err(error) = ask_for(&consumer, &topic, &ends, [partition]) {
+                            debug!(partition, %error, "the end of a partition is not known");
+                        }
                     }
                 }
                 // Callbacks, and the log.
@@ -48,7 +56,7 @@ impl Ends {
             }
         };
         let spawned = std::thread::Builder::new().name("kafka-ends".to_owned()).spawn(ask);
-        spawned.map_err(|error| rdkafka::error::KafkaError::ClientCreation(error.to_string()))?;
+        spawned.map_err(|error| KafkaError::ClientCreation(error.to_string()))?;
         Ok(Self(Arc::new(watched)))
     }
 
@@ -78,6 +86,28 @@ impl Drop for Watched {
     }
 }
 
+fn ask_for(
+    consumer: &BaseConsumer<Log>,
+    topic: &str,
+    ends: &[watch::Sender<Position>],
+    partitions: impl IntoIterator<Item = i32>,
+) -> KafkaResult<()> {
+    let mut list = TopicPartitionList::new();
+    for partition in partitions {
+        // In the place of a timestamp: the latest.
+        list.add_partition_offset(topic, partition, Offset::End)?;
+    }
+    for found in consumer.offsets_for_times(list, TIMEOUT)?.elements() {
+        found.error()?;
+        if let Offset::Offset(end) = found.offset()
+            && let Some(known) = usize::try_from(found.partition()).ok().and_then(|partition| ends.get(partition))
+        {
+            advance(known, Position::from_stored(end));
+        }
+    }
+    Ok(())
+}
+
 /// An end does not go back.
 pub(super) fn advance(end: &watch::Sender<Position>, to: Position) {
     end.send_if_modified(|end| {
@@ -87,4 +117,40 @@ pub(super) fn advance(end: &watch::Sender<Position>, to: Position) {
         }
         further
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::ClientConfig;
+    use rdkafka::mocking::MockCluster;
+    use rdkafka::producer::{FutureProducer, FutureRecord};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_partition_that_nobody_leads_hides_no_other() {
+        let cluster = MockCluster::new(1).unwrap();
+        cluster.create_topic("p.events", 3, 1).unwrap();
+        let config = Config { brokers: vec![cluster.bootstrap_servers()], prefix: "p".to_owned(), ..Config::default() };
+        let mut client = ClientConfig::new();
+        let producer: FutureProducer = client.set("bootstrap.servers", cluster.bootstrap_servers()).create().unwrap();
+        for partition in [0, 1, 1, 2, 2, 2] {
+            let record = FutureRecord::<str, str>::to("p.events").partition(partition).payload("a");
+            producer.send(record, PATIENCE).await.unwrap();
+        }
+        cluster.partition_leader("p.events", 1, None).unwrap();
+        let ends = Ends::watch(&config, 3).unwrap();
+        let come = async |partition, count| {
+            let mut end = ends.of(partition).unwrap().subscribe();
+            tokio::time::timeout(PATIENCE, end.wait_for(|end| *end == Position(count))).await.expect("an end").unwrap();
+        };
+        come(0, 1).await;
+        come(2, 3).await;
+        assert_eq!(*ends.of(1).unwrap().borrow(), Position::ZERO);
+        cluster.partition_leader("p.events", 1, Some(1)).unwrap();
+        come(1, 2).await;
+        assert_eq!(ends.total(), 6);
+    }
 }

@@ -26,7 +26,7 @@ use crate::kafka::{GivenUp, Log, Silence};
 /// entries, where brokers would answer one for every few. With nothing to read, one is waiting at the broker; not for long,
 /// since those partitions that were left out of it have to wait for its answer.
 const PACE: [(&str, &str); 3] =
-    [("queued.min.messages", "1"), ("fetch.queue.backoff.ms", "50"), ("fetch.wait.max.ms", "100")];
+    [("queued.min.messages", "1"), ("fetch.queue.backoff.ms", "100"), ("fetch.wait.max.ms", "100")];
 /// How often to look whether a partition gives nothing of what it has.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long a broker may take to tell a new client of such a partition. The group is not served meanwhile.
