@@ -69,6 +69,17 @@ impl Kept {
         Self { commands, sender, ..self }
     }
 
+    /// Since when the sink has failed, if it was failing at the end.
+    pub fn was_failing_since(&self) -> Option<Millis> {
+        self.failing_since
+    }
+
+    /// Unless this knows better: what has failed since then is tried at once.
+    #[must_use]
+    pub fn failing_since(self, since: Option<Millis>) -> Self {
+        Self { failing_since: self.failing_since.or(since), ..self }
+    }
+
     /// Begins no attempts, if so.
     pub fn pause(&mut self, pause: bool) {
         self.paused = pause;

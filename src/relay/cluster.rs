@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 use super::RunError;
 use super::addressing::ByRules;
 use super::in_force::{Built, Changes, InForce, Plan, Standing};
-use super::post::Post;
+use super::post::{Legacy, Post};
 use crate::admin;
 use crate::journal::kafka::{Board, Config, Journal, known_sinks};
 use crate::lane::{Controls, Course, Metrics, Phase, Remains};
@@ -40,6 +40,7 @@ pub(super) struct Cluster {
 
 struct Running {
     built: Arc<Built>,
+    legacy: Legacy,
     controls: Controls,
     phase: watch::Sender<Phase>,
     bury: watch::Sender<bool>,
@@ -148,10 +149,12 @@ impl Cluster {
         let (name, built, controls) = (built.name().to_owned(), Arc::new(built), Controls::default());
         controls.set_paused(admin::Cluster::is_paused(&self.board, &name));
         let course = Arc::new(Course::new(Arc::clone(table)));
-        let post = Post::open(Arc::clone(&built), &self.journal, course, self.metrics.clone(), controls.clone())?;
+        let legacy = self.posts.get(&name).map(|former| former.legacy.clone()).unwrap_or_default();
+        let (metrics, own) = (self.metrics.clone(), controls.clone());
+        let post = Post::open(Arc::clone(&built), &self.journal, course, metrics, legacy.clone(), own)?;
         let (phase, bury) = (watch::Sender::new(Phase::Running), watch::Sender::new(false));
         let task = tokio::spawn(post.run(phase.subscribe(), bury.subscribe()));
-        Ok((name, Running { built, controls, phase, bury, task }))
+        Ok((name, Running { built, legacy, controls, phase, bury, task }))
     }
 
     /// Lets a post finish what is under way; whether there is one.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,7 +21,7 @@ use crate::journal::Reader;
 use crate::journal::kafka::{Group, Journal, Moved, Readers};
 use crate::lane::{Beginning, Control, Controls, Course, Kept, Lane, Metrics, Phase, Remains};
 use crate::ledger::shared::{Loaded, Shared};
-use crate::ledger::{Account, LedgerError};
+use crate::ledger::{Account, LedgerError, Millis};
 
 /// How long deliveries under way may take when a partition goes elsewhere: others wait for it.
 const GIVE_UP: Duration = Duration::from_secs(10);
@@ -35,6 +35,9 @@ const LOOK: Duration = Duration::from_secs(1);
 const TAKE_OVER: Duration = Duration::from_secs(90);
 /// How long to wait after a partition could not be taken over.
 const TAKE_OVER_PAUSE: Duration = Duration::from_secs(1);
+
+/// So much earlier the sink may have failed elsewhere, in milliseconds: events, and clocks.
+const EARLIER: Millis = 60_000;
 
 /// What a sink has on this replica.
 pub(super) struct Post {
@@ -52,9 +55,21 @@ pub(super) struct Post {
     taking_over: FuturesUnordered<BoxFuture<'static, TakenOver>>,
     /// Tells one time that a partition comes from others.
     arrivals: u64,
-    /// What lanes that ended have left for the next of their partition.
-    kept: HashMap<i32, Kept>,
+    legacy: Legacy,
     controls: Controls,
+}
+
+/// What a sink's lanes that ended here have left for those that come after them, also for those of the next post, which
+/// begins before this one has ended. Clones share it.
+#[derive(Clone, Default)]
+pub(super) struct Legacy(Arc<Mutex<Left>>);
+
+#[derive(Default)]
+struct Left {
+    /// For the next lane of each partition.
+    kept: HashMap<i32, Kept>,
+    /// Since when the sink fails, as far as those know that ended last: for partitions that another replica had then.
+    failing_since: Option<Millis>,
 }
 
 /// A partition, the arrival that it was taken over for, and what came of it.
@@ -81,6 +96,7 @@ impl Post {
         journal: &Journal,
         course: Arc<Course>,
         metrics: Metrics,
+        legacy: Legacy,
         controls: Controls,
     ) -> Result<Self, LedgerError> {
         let failed = |error: rdkafka::error::KafkaError| LedgerError::Failed(error.to_string());
@@ -101,7 +117,7 @@ impl Post {
             lanes: BTreeMap::new(),
             taking_over: FuturesUnordered::new(),
             arrivals: 0,
-            kept: HashMap::new(),
+            legacy,
             controls,
         })
     }
@@ -233,7 +249,7 @@ impl Post {
         debug!(sink = self.name, partition, cursor = progress.cursor.to_stored(), "a partition is taken over");
         let (phase, told) = watch::channel(Phase::Running);
         let course = Arc::clone(&self.course);
-        let mut kept = self.kept.remove(&partition).unwrap_or_else(|| Kept::new(&self.metrics, &self.name));
+        let mut kept = self.legacy.take(partition, || Kept::new(&self.metrics, &self.name));
         kept.pause(self.controls.is_paused());
         let config = self.built.lane().share(self.partitions);
         let (lane, control) = Lane::new(&self.name, self.built.sink(), course, beginning, account, config, kept);
@@ -296,18 +312,20 @@ impl Post {
             }
         };
         accounts.iter().for_each(Account::close);
+        let mut kept = Vec::new();
         for (partition, ended) in ended {
             self.readers.stop(partition);
             match ended {
                 Ok(left) => {
                     remains.unread.extend(left.unread);
                     remains.parked += left.parked;
-                    self.kept.extend(left.kept.map(|kept| (partition, kept)));
+                    kept.extend(left.kept.map(|kept| (partition, kept)));
                 }
                 Err(error) if error.is_cancelled() => {}
                 Err(error) => error!(sink = self.name, partition, %error, "a lane ended unexpectedly"),
             }
         }
+        self.legacy.leave(kept);
         self.publish();
         remains
     }
@@ -318,6 +336,27 @@ impl Post {
             State::TakingOver(..) => None,
         });
         self.controls.set(running);
+    }
+}
+
+impl Legacy {
+    fn take(&self, partition: i32, new: impl FnOnce() -> Kept) -> Kept {
+        let mut left = self.lock();
+        let since = left.failing_since.map(|since| since.saturating_sub(EARLIER));
+        left.kept.remove(&partition).unwrap_or_else(new).failing_since(since)
+    }
+
+    fn leave(&self, kept: Vec<(i32, Kept)>) {
+        if kept.is_empty() {
+            return;
+        }
+        let mut left = self.lock();
+        left.failing_since = kept.iter().filter_map(|(_, kept)| kept.was_failing_since()).min();
+        left.kept.extend(kept);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Left> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -187,6 +187,33 @@ async fn a_replay_is_as_old_as_itself() {
     stop(relays).await;
 }
 
+/// Or else it would wait for as long as its failures have said; whichever replica has its partition then.
+#[tokio::test]
+async fn what_has_failed_goes_out_when_the_sink_is_mended() {
+    let bad = Receiver::start(|_| Reply::Status(503)).await;
+    let good = Receiver::accepting().await;
+    let with = |receiver: &Receiver| {
+        let delivery = "schedule = [\"1h\"]\nbreaker = { failures = 1, probe = \"1h\" }\n";
+        rules(receiver).replace("[[routes]]", &format!("[sinks.http.delivery]\n{delivery}[[routes]]"))
+    };
+    let relays = pair(&with(&bad), "").await;
+    for number in 0..20 {
+        assert_eq!(relays[0].post(event(number, "sent")).await.status, 200);
+    }
+    let parked = |status: &Value| {
+        let replicas = status["replicas"].as_array().expect("a list").iter();
+        replicas.map(|replica| replica["sinks"][0]["parked"].as_u64().unwrap_or(0)).sum::<u64>()
+    };
+    agree(&relays, "to have parked of each partition", |status| parked(status) >= 4).await;
+    for relay in &relays {
+        relay.change_rules(&with(&good));
+        relay.operate("/api/v1/reload", &Value::Null).await;
+    }
+    good.wait_for(20).await;
+    agree(&relays, "to have nothing parked", |status| parked(status) == 0).await;
+    stop(relays).await;
+}
+
 /// What dies meanwhile has numbers among those that were there: each partition has its own.
 #[tokio::test]
 async fn dead_letters_that_die_meanwhile_are_left_out() {
