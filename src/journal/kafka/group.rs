@@ -231,12 +231,18 @@ impl ClientContext for Membership {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        // That a broker is away says nothing of the group.
-        let is_away = matches!(
+        // That a broker is away says nothing of the group, nor that one has not heard yet of a topic that was just made.
+        let passes = matches!(
             error.rdkafka_error_code(),
-            Some(Code::BrokerTransportFailure | Code::AllBrokersDown | Code::Resolve)
+            Some(
+                Code::BrokerTransportFailure
+                    | Code::AllBrokersDown
+                    | Code::Resolve
+                    | Code::UnknownTopicOrPartition
+                    | Code::UnknownTopic
+            )
         );
-        if self.right.load().is_none() && !is_away {
+        if self.right.load().is_none() && !passes {
             let not_joined = NotJoined { at: SystemTime::now(), reason: reason.to_owned() };
             self.not_joined.store(Some(Arc::new(not_joined)));
         }
@@ -278,4 +284,22 @@ impl ConsumerContext for Membership {
 
 fn partitions(list: &TopicPartitionList) -> Vec<i32> {
     list.elements().iter().map(|element| element.partition()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::mocking::MockCluster;
+
+    use super::*;
+
+    #[test]
+    fn a_topic_that_a_broker_has_not_heard_of_yet_is_waited_for() {
+        let cluster = MockCluster::new(1).unwrap();
+        let config = Config { brokers: vec![cluster.bootstrap_servers()], prefix: "p".to_owned(), ..Config::default() };
+        let joining = std::thread::spawn(move || try_to_join(&config));
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(!joining.is_finished());
+        cluster.create_topic("p.control", 1, 1).unwrap();
+        assert_eq!(joining.join().unwrap(), Ok(()));
+    }
 }
