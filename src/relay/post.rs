@@ -35,8 +35,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const TAKE_OVER: Duration = Duration::from_secs(90);
 /// How long to wait after a partition could not be taken over.
 const TAKE_OVER_PAUSE: Duration = Duration::from_secs(1);
-
-/// So much earlier the sink may have failed elsewhere, in milliseconds: events, and clocks.
+/// How much earlier the sink may have failed on another replica, in milliseconds: that has other events, and another clock.
 const EARLIER: Millis = 60_000;
 
 /// What a sink has on this replica.

@@ -76,7 +76,7 @@ impl Ends {
 
     /// A partition's end, as far as is known.
     pub fn of(&self, partition: i32) -> Option<&watch::Sender<Position>> {
-        self.0.ends.get(usize::try_from(partition).ok()?)
+        of(&self.0.ends, partition)
     }
 }
 
@@ -86,6 +86,11 @@ impl Drop for Watched {
     }
 }
 
+fn of(ends: &[watch::Sender<Position>], partition: i32) -> Option<&watch::Sender<Position>> {
+    ends.get(usize::try_from(partition).ok()?)
+}
+
+/// Notes the ends of these partitions; fails if one of them is not known.
 fn ask_for(
     consumer: &BaseConsumer<Log>,
     topic: &str,
@@ -100,7 +105,7 @@ fn ask_for(
     for found in consumer.offsets_for_times(list, TIMEOUT)?.elements() {
         found.error()?;
         if let Offset::Offset(end) = found.offset()
-            && let Some(known) = usize::try_from(found.partition()).ok().and_then(|partition| ends.get(partition))
+            && let Some(known) = of(ends, found.partition())
         {
             advance(known, Position::from_stored(end));
         }
@@ -125,6 +130,7 @@ mod tests {
     use rdkafka::mocking::MockCluster;
     use rdkafka::producer::{FutureProducer, FutureRecord};
 
+    use super::super::tests::config_of;
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(60);
@@ -133,7 +139,7 @@ mod tests {
     async fn a_partition_that_nobody_leads_hides_no_other() {
         let cluster = MockCluster::new(1).unwrap();
         cluster.create_topic("p.events", 3, 1).unwrap();
-        let config = Config { brokers: vec![cluster.bootstrap_servers()], prefix: "p".to_owned(), ..Config::default() };
+        let config = config_of(&cluster);
         let mut client = ClientConfig::new();
         let producer: FutureProducer = client.set("bootstrap.servers", cluster.bootstrap_servers()).create().unwrap();
         for partition in [0, 1, 1, 2, 2, 2] {

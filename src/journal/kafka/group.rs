@@ -290,12 +290,13 @@ fn partitions(list: &TopicPartitionList) -> Vec<i32> {
 mod tests {
     use rdkafka::mocking::MockCluster;
 
+    use super::super::tests::config_of;
     use super::*;
 
     #[test]
     fn a_topic_that_a_broker_has_not_heard_of_yet_is_waited_for() {
         let cluster = MockCluster::new(1).unwrap();
-        let config = Config { brokers: vec![cluster.bootstrap_servers()], prefix: "p".to_owned(), ..Config::default() };
+        let config = config_of(&cluster);
         let joining = std::thread::spawn(move || try_to_join(&config));
         std::thread::sleep(Duration::from_secs(2));
         assert!(!joining.is_finished());

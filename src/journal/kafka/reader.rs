@@ -403,6 +403,7 @@ mod tests {
     use rdkafka::mocking::MockCluster;
     use rdkafka::producer::{FutureProducer, FutureRecord};
 
+    use super::super::tests::config_of;
     use super::*;
 
     /// Reads the next entry.
@@ -427,8 +428,7 @@ mod tests {
     async fn a_partition_that_gives_nothing_is_read_on() {
         let cluster = MockCluster::new(1).unwrap();
         cluster.create_topic("p.events", 2, 1).unwrap();
-        let brokers = vec![cluster.bootstrap_servers()];
-        let config = Config { brokers, prefix: "p".to_owned(), ..Config::default() };
+        let config = config_of(&cluster);
         let mut client = ClientConfig::new();
         let producer: FutureProducer = client.set("bootstrap.servers", cluster.bootstrap_servers()).create().unwrap();
         let send = async |partition, value: &str| {

@@ -1,4 +1,12 @@
+use rdkafka::ClientContext;
+use rdkafka::mocking::MockCluster;
+
 use super::*;
+
+/// Settings of a journal on such a cluster, with the prefix `p`.
+pub(super) fn config_of(cluster: &MockCluster<'_, impl ClientContext>) -> Config {
+    config(|config| (config.brokers, config.prefix) = (vec![cluster.bootstrap_servers()], "p".to_owned()))
+}
 
 fn config(change: impl FnOnce(&mut Config)) -> Config {
     let mut config = Config { brokers: vec!["kafka-0:9092".to_owned()], ..Config::default() };
