@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
@@ -650,7 +650,9 @@ async fn read_queue(url: &str, queue: &str, to: &Inbox) -> lapin::Result<()> {
         if !(delivery.redelivered && to.has(arrival.id())) {
             to.push(arrival);
         }
-        delivery.ack(BasicAckOptions::default()).await?;
+        // Handed over, and not awaited: what became of one that meets the connection's end, lapin may never say. That the
+        // connection has ended, the consumer tells.
+        drop(delivery.ack(BasicAckOptions::default()).now_or_never());
     }
     Ok(())
 }
