@@ -286,6 +286,16 @@ impl Reader {
         }
     }
 
+    /// Reads on from an earlier position, of what is not released. Whether it does: where entries are addressed when they are
+    /// appended, there is no use in reading them twice.
+    pub fn go_back(&mut self, position: Position) -> bool {
+        match self {
+            Self::Disk(reader) => reader.go_back(position),
+            Self::Kafka(_) | Self::Scan(_) => return false,
+        }
+        true
+    }
+
     /// The position after the last durable entry.
     pub fn end(&self) -> Position {
         *self.watch_end().borrow()

@@ -310,6 +310,35 @@ impl Control {
 }
 
 impl Lane {
+    /// Says where the lane is, if somebody asks. Other rules will be about what it has not begun with.
+    pub(super) fn answer_hold(&mut self) {
+        if matches!(self.hold, Hold::Asked(_)) && self.source.position().is_some() {
+            self.go_back();
+        }
+        self.hold.answer(self.source.position(), self.released);
+    }
+
+    /// Puts down what was read and not begun with, if there is something; it is read again.
+    fn go_back(&mut self) {
+        let is_fresh = |delivery: &Delivery| !delivery.is_parked();
+        let any = !self.unadmitted.is_empty() || self.ready.iter().any(is_fresh) || self.order.any_fresh_waits();
+        let cursor = self.window.cursor();
+        if !any || !self.source.go_back(cursor) {
+            return;
+        }
+        let mut dropped: HashSet<_> = self.order.take_fresh().iter().map(|delivery| delivery.position).collect();
+        let (fresh, parked): (Vec<_>, Vec<_>) = std::mem::take(&mut self.ready).into_iter().partition(is_fresh);
+        self.ready = parked.into();
+        for delivery in fresh {
+            dropped.insert(delivery.position);
+            // What waits behind it is parked, and goes first now.
+            self.ready.extend(self.order.settle(delivery.key));
+        }
+        self.unadmitted.clear();
+        self.read_to = cursor;
+        self.window.go_back(cursor, &dropped);
+    }
+
     pub(super) fn obey(&mut self, command: Command) {
         match command {
             Command::Pause(paused) => self.kept.paused = paused,
@@ -358,7 +387,7 @@ impl Lane {
     fn status(&mut self) -> Status {
         let waiting = self.unadmitted.front().and_then(|(_, found)| match found {
             Found::Event { since, .. } => Some(*since),
-            Found::Unreadable { .. } => None,
+            Found::Unrouted(_) | Found::Unreadable { .. } => None,
         });
         let oldest = self.window.oldest().or(waiting);
         let lag = oldest.map_or(0, |since| ledger::now().saturating_sub(since));

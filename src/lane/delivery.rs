@@ -5,7 +5,6 @@ use std::time::Duration;
 use super::config::OrderBy;
 use super::course::Route;
 use super::order::Key;
-use super::window::Ticket;
 use crate::event::{Event, Field};
 use crate::journal::Position;
 use crate::ledger::{Change, DeadLetter, Millis, Parked, Reason};
@@ -33,7 +32,7 @@ pub(super) struct Delivery {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
     /// In the journal: the cursor has not passed it.
-    Window(Ticket),
+    Window,
     /// In the ledger: this row.
     Parked(i64),
 }
@@ -63,7 +62,7 @@ impl Delivery {
         error: &DeliveryError,
     ) -> Change {
         match self.place {
-            Place::Window(_) => self.parked(order_by, (due_at, asked_until), &error.kind, &error.text),
+            Place::Window => self.parked(order_by, (due_at, asked_until), &error.kind, &error.text),
             Place::Parked(id) => Change::Postpone {
                 id,
                 attempts: self.failures,

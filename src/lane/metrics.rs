@@ -107,6 +107,7 @@ pub(super) struct Meters {
     pub(super) attempt_reject: IntCounter,
     pub(super) attempt_gone: IntCounter,
     attempt_seconds: Histogram,
+    pub(super) unrouted: IntCounter,
     routed: IntCounterVec,
 }
 
@@ -124,6 +125,7 @@ impl Meters {
             attempt_reject: attempt("reject"),
             attempt_gone: attempt("gone"),
             attempt_seconds: metrics.attempt_seconds.with_label_values(&[sink]),
+            unrouted: metrics.unrouted.clone(),
             routed: metrics.routed.clone(),
         }
     }

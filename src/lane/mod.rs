@@ -260,7 +260,7 @@ impl Lane {
                 break;
             }
             self.begin_storing(now, running, &mut storing);
-            self.hold.answer(self.source.position(), self.released);
+            self.answer_hold();
             let wake = self.next_wake(now).filter(|_| running);
             tokio::select! {
                 // What comes first may hold up what comes after it. There is always something under way while a backlog is
@@ -353,30 +353,41 @@ impl Lane {
         while self.has_room()
             && let Some((position, found)) = self.unadmitted.pop_front()
         {
-            if self.window.was_settled(position) {
+            if self.window.was_taken(position) {
                 continue;
             }
             match found {
                 Found::Event { event, route, since } => self.admit_event(position, event, route, since),
+                Found::Unrouted(letter) => {
+                    self.kept.meters.unrouted.inc();
+                    self.changes.extend(letter.map(Change::Bury));
+                    self.pass_at_once(position);
+                }
                 Found::Unreadable { record, error } => {
                     error!(sink = %self.name, position = position.to_stored(), %error, "an event can't be read; it is a dead letter now");
                     self.bury_unreadable(delivery::unreadable(position, record, error));
+                    self.pass_at_once(position);
                 }
             }
         }
         self.window.read_to(self.unadmitted.front().map_or(self.read_to, |(next, _)| *next));
     }
 
+    /// Nothing is to be delivered of what was read from there, nor if it is read again.
+    fn pass_at_once(&mut self, position: Position) {
+        self.window.push(position, 0, 0);
+        self.window.settle(position);
+        self.unwritten = true;
+    }
+
     fn admit_event(&mut self, position: Position, event: Event, route: Route, since: Millis) {
-        self.kept.meters.routed_by(route.name());
-        let ticket = self.window.push(position, event.size(), since);
+        self.window.push(position, event.size(), since);
         let key = self.config.order_by.value(&event).map(|value| self.order.key(value));
-        let place = Place::Window(ticket);
         let delivery = Delivery {
             event,
             route,
             position,
-            place,
+            place: Place::Window,
             key,
             failures: 0,
             first_failed_at: None,

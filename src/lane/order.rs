@@ -60,6 +60,22 @@ impl<T> Order<T> {
         next
     }
 
+    /// Whether something waits that is fresh.
+    pub(super) fn any_fresh_waits(&self) -> bool {
+        self.busy.values().any(|line| line.waiting.iter().any(self.is_fresh))
+    }
+
+    /// What waits and is fresh goes elsewhere.
+    pub(super) fn take_fresh(&mut self) -> Vec<T> {
+        let mut taken = Vec::new();
+        for line in self.busy.values_mut() {
+            let (fresh, others): (Vec<_>, Vec<_>) = line.waiting.drain(..).partition(self.is_fresh);
+            taken.extend(fresh);
+            line.waiting = others.into();
+        }
+        taken
+    }
+
     /// The key's delivery goes elsewhere: so does what waits for it.
     pub(super) fn take(&mut self, key: Option<Key>) -> VecDeque<T> {
         key.and_then(|key| self.busy.remove(&key)).map(|line| line.waiting).unwrap_or_default()

@@ -102,7 +102,7 @@ impl Lane {
         self.leave_window(&delivery);
         for follower in self.order.take(delivery.key) {
             match follower.place {
-                Place::Window(_) => self.put_behind(&follower),
+                Place::Window => self.put_behind(&follower),
                 Place::Parked(id) => self.parking.unload(id),
             }
         }
@@ -117,12 +117,18 @@ impl Lane {
 
     /// Counts a delivery that was in the window as parked.
     fn leave_window(&mut self, delivery: &Delivery) {
-        if let Place::Window(ticket) = delivery.place {
+        if delivery.place == Place::Window {
             self.parking.add(delivery.key, 1);
             self.kept.meters.parked.inc();
             self.failing_parked += usize::from(self.failing_since.is_some());
-            self.window.settle(ticket);
+            self.pass(delivery);
         }
+    }
+
+    /// It is in the journal no longer, as far as the lane is concerned.
+    fn pass(&mut self, delivery: &Delivery) {
+        self.kept.meters.routed_by(delivery.route.name());
+        self.window.settle(delivery.position);
     }
 
     /// Whether a delivery that has failed has become too old to be tried again, while it waited for its turn or the relay
@@ -173,7 +179,7 @@ impl Lane {
     /// It is delivered or dead: the next of its key may go.
     fn settle_delivery(&mut self, delivery: &Delivery) {
         match delivery.place {
-            Place::Window(ticket) => self.window.settle(ticket),
+            Place::Window => self.pass(delivery),
             Place::Parked(id) => {
                 self.changes.push(Change::Unpark { id });
                 self.parking.remove(delivery.key);

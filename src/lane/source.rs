@@ -8,11 +8,11 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
 
-use super::STORAGE_PAUSE;
 use super::course::{Course, Route};
+use super::{STORAGE_PAUSE, delivery};
 use crate::event::Event;
 use crate::journal::{Entry, Position, ReadError, Reader};
-use crate::ledger::{self, Millis};
+use crate::ledger::{self, DeadLetter, Millis};
 use crate::routing::{Scratch, SinkId, UNROUTED};
 
 /// How much of the journal is read at once, in bytes.
@@ -54,6 +54,8 @@ pub(super) enum Found {
         /// What its age counts from.
         since: Millis,
     },
+    /// An event that no rule names a sink for, as a dead letter if such are kept.
+    Unrouted(Option<Box<DeadLetter>>),
     /// An entry that this version can't read.
     Unreadable { record: Bytes, error: String },
 }
@@ -75,7 +77,7 @@ impl Filter {
 
     fn route(&self, position: Position, event: &Event, scratch: &mut Scratch) -> Option<Route> {
         match &*self.sink {
-            UNROUTED => self.course.is_unrouted(position, event, scratch).then(|| Route::Named("-".into())),
+            UNROUTED => self.course.is_unrouted(position, event, scratch).then_some(Route::Nowhere),
             sink => self.course.route_to(position, event, sink, self.id, scratch),
         }
     }
@@ -140,6 +142,14 @@ impl Source {
         self.filter = Filter::new(course, Arc::clone(&self.filter.sink));
     }
 
+    /// Reads on from an earlier position, of what is not released; whether it does.
+    pub(super) fn go_back(&mut self, position: Position) -> bool {
+        match &mut self.state {
+            State::Home(reader) => reader.go_back(position),
+            State::Away(_) | State::Gone => false,
+        }
+    }
+
     /// How far has been read; unknown while a read is under way, which dropping [`Source::next`] does not stop.
     pub(super) fn position(&self) -> Option<Position> {
         match &self.state {
@@ -178,10 +188,18 @@ fn read(mut reader: Reader, filter: &Filter, bytes: u64) -> (Reader, Result<Batc
                     Some(route) => Some(Route::Named(route)),
                     None => filter.route(position, &event, &mut scratch),
                 };
-                if let Some(route) = route {
-                    let since = ledger::millis(again_at.unwrap_or(event.received_at()));
-                    found.push((position, Found::Event { event: event.detached(), route, since }));
-                }
+                let found_event = match route {
+                    Some(Route::Nowhere) => {
+                        let is_kept = filter.course.table().keeps_unrouted();
+                        Found::Unrouted(is_kept.then(|| Box::new(delivery::unrouted(position, &event))))
+                    }
+                    Some(route) => {
+                        let since = ledger::millis(again_at.unwrap_or(event.received_at()));
+                        Found::Event { event: event.detached(), route, since }
+                    }
+                    None => return true,
+                };
+                found.push((position, found_event));
             }
             Err(error) => found.push((position, Found::Unreadable { record, error: error.to_string() })),
         }

@@ -26,8 +26,6 @@ pub struct Unrouted {
     letters: Vec<Change>,
     written: Position,
     write_at: Instant,
-    /// Whether they are kept, or only counted.
-    keep: bool,
     metrics: Metrics,
     hold: Hold,
     commands: mpsc::Receiver<Command>,
@@ -50,7 +48,6 @@ impl Unrouted {
         let at = beginning.reader.position();
         let (control, commands) = control::channel();
         let lane = Self {
-            keep: course.table().keeps_unrouted(),
             source: Source::new(beginning.reader, Filter::new(course, UNROUTED.into())),
             metrics,
             account,
@@ -108,7 +105,6 @@ impl Unrouted {
             Command::Hold(answer) => self.hold = Hold::Asked(answer),
             Command::Follow(course) => {
                 self.hold = Hold::No;
-                self.keep = course.table().keeps_unrouted();
                 self.source.follow(course);
             }
             // It is no sink that operators reach.
@@ -129,12 +125,12 @@ impl Unrouted {
         let mut unrouted = 0;
         for (position, found) in batch.found {
             match found {
-                Found::Event { event, .. } => {
+                Found::Unrouted(letter) => {
                     unrouted += 1;
-                    if self.keep {
-                        self.letters.push(Change::Bury(Box::new(delivery::unrouted(position, &event))));
-                    }
+                    self.letters.extend(letter.map(Change::Bury));
                 }
+                // Of those that have a sink it looks for none.
+                Found::Event { .. } => {}
                 Found::Unreadable { record, error } => {
                     self.letters.push(Change::Bury(Box::new(delivery::unreadable(position, record, error))));
                     self.metrics.buried(UNROUTED, 1);

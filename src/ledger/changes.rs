@@ -7,6 +7,7 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use super::{Books, Millis, RulesKept, Written, parked};
 use crate::journal::Position;
+use crate::routing::UNROUTED;
 
 /// How far a lane has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -235,7 +236,7 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
             Some(written) => {
                 written.push(Written::Dead { lane: lane.to_owned(), letter: letter.clone(), died_at: now });
             }
-            None => bury(transaction, None, lane, letter, now)?,
+            None => bury(transaction, None, owner(lane, letter), letter, now)?,
         },
         Change::Exhume { id, key, due_at } => {
             return Ok(exhume(transaction, lane, *id, key.as_deref(), *due_at)?.then_some(*id));
@@ -250,6 +251,14 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
         }
     }
     Ok(None)
+}
+
+/// Whose dead letter it is: what no rule names a sink for is the reserved sink's, whoever has found out.
+fn owner<'l>(lane: &'l str, letter: &DeadLetter) -> &'l str {
+    match letter.reason {
+        Reason::Unrouted => UNROUTED,
+        _ => lane,
+    }
 }
 
 /// Parks a dead letter again; whether it was still there.

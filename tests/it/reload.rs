@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Client, Receiver, Relay, Reply, Setup, TOKEN, event, webhook, within};
+use crate::harness::{Client, Received, Receiver, Relay, Reply, Setup, TOKEN, event, webhook, within};
 use crate::metrics::scrape;
+
+/// How long a destination takes to answer that holds up what comes after.
+const SLOW: Duration = Duration::from_secs(3);
 
 /// Two sinks, and the routes that follow.
 fn rules(one: &Receiver, two: &Receiver, routes: &str) -> String {
@@ -273,6 +276,69 @@ async fn a_backlog_follows_the_new_rules_and_nothing_is_lost_between_them() {
     let (ones, twos) = (ids(&one), ids(&two));
     assert_eq!(ones.union(&twos).count(), 30_001);
     assert_eq!(twos.len(), 1, "the lane of two had read past the others");
+    relay.stop().await;
+}
+
+/// What a lane has read and not begun with is backlog too, however little it is: also while an attempt is under way.
+#[tokio::test]
+async fn a_backlog_that_was_read_already_follows_the_new_rules() {
+    let held = Arc::new(AtomicBool::new(true));
+    let hold = Arc::clone(&held);
+    let answer =
+        move |_: &Received| if hold.load(Ordering::SeqCst) { Reply::After(SLOW, 200) } else { Reply::Status(200) };
+    let (one, two) = (Receiver::start(answer).await, Receiver::accepting().await);
+    let only = |status: &str| format!("[[routes]]\nwhen = {{ status = \"{status}\" }}\nto = [\"one\"]\n");
+    let (all, both) = (to("\"one\""), to("\"one\", \"two\""));
+    let rules = |routes: &str| {
+        let one_at_a_time = "delivery = { concurrency = 1, order_by = \"message_id\" }\n[sinks.two]";
+        rules(&one, &two, routes).replace("[sinks.two]", one_at_a_time)
+    };
+    // Before, after, and whether those that are sent and those that are read go to the first sink after that.
+    let cases = [
+        (both.clone(), format!("{}{}", only("read"), to("\"two\"")), (false, true)),
+        (format!("{}{}", only("read"), to("\"two\"")), both, (true, true)),
+        (all.clone(), only("read"), (false, true)),
+        // Those that were unrouted are dead letters besides.
+        (only("read"), all, (true, true)),
+    ];
+    let setup = Setup::new(&rules(&cases[0].0));
+    let relay = setup.start().await;
+    for (number, (before, after, (sent, read))) in (0..).step_by(1000).zip(cases) {
+        setup.file("routes.toml", &rules(&before));
+        assert_ne!(reload(&relay).await["outcome"], "refused");
+        held.store(true, Ordering::SeqCst);
+        let seen = one.received().len();
+        // This one is under way.
+        relay.post(event(number, "read")).await;
+        one.wait_for(seen + 1).await;
+        let mut expected = BTreeSet::new();
+        for other in 1..=6 {
+            for (status, goes) in [("sent", sent), ("read", read)] {
+                let ids = relay.post(event(number + other, status)).await.ids();
+                expected.extend(ids.into_iter().filter(|_| goes));
+            }
+        }
+        relay.sink_is("two", "has read past them", |sink| sink["lag_events"] == 0).await;
+        relay.sink_is("one", "has a backlog", |sink| sink["lag_events"] == 13 && sink["in_flight"] == 1).await;
+        setup.file("routes.toml", &rules(&after));
+        assert_eq!(reload(&relay).await["outcome"], "applied");
+        held.store(false, Ordering::SeqCst);
+        let drained = relay.command(&["drain", "--timeout", "20s"]).await;
+        assert_eq!(drained.code, Some(0), "case {number}: {}{}", drained.stdout, drained.stderr);
+        let got: Vec<_> = one.received()[seen + 1..].iter().map(|received| received.id().to_owned()).collect();
+        assert_eq!(got.iter().cloned().collect::<BTreeSet<_>>(), expected, "case {number}");
+        assert_eq!(got.len(), expected.len(), "case {number}: nothing comes twice");
+    }
+    // What no rule named a sink for any more, or not yet.
+    let letters = relay.get("/api/v1/dead-letters?sink=unrouted").await;
+    let statuses: Vec<_> = letters["dead_letters"].as_array().unwrap().iter().map(|letter| &letter["status"]).collect();
+    assert_eq!(statuses, vec!["sent"; 12], "{letters}");
+    let counted = scrape(&relay).await;
+    assert_eq!(counted.get("relay_unrouted_events_total"), Some(&12.0), "{counted:#?}");
+    // Each is counted once, however often it was read.
+    let routed =
+        counted.iter().filter(|(name, _)| name.starts_with("relay_routed_events_total{") && name.contains("\"one\""));
+    assert_eq!(routed.map(|(_, count)| count).sum::<f64>(), one.received().len() as f64, "{counted:#?}");
     relay.stop().await;
 }
 

@@ -72,6 +72,11 @@ impl Reader {
         self.next
     }
 
+    /// Reads on from an earlier position, of what is not released.
+    pub fn go_back(&mut self, position: Position) {
+        (self.next, self.open) = (position, None);
+    }
+
     /// The position after the last durable entry.
     pub fn end(&self) -> Position {
         *self.durable.borrow()
