@@ -162,8 +162,12 @@ pub fn problems_of_brokers(brokers: &[String]) -> Vec<String> {
     if brokers.is_empty() {
         return vec!["the list of brokers is empty".to_owned()];
     }
-    let wrong = brokers.iter().filter(|broker| !is_broker(broker));
-    wrong.map(|wrong| format!("{wrong:?} is not a broker's address, such as \"kafka-0:9092\"")).collect()
+    brokers.iter().filter_map(|broker| problem_of_broker(broker)).collect()
+}
+
+/// What is wrong with one of them.
+pub fn problem_of_broker(broker: &str) -> Option<String> {
+    (!is_broker(broker)).then(|| format!("{broker:?} is not a broker's address, such as \"kafka-0:9092\""))
 }
 
 fn is_broker(text: &str) -> bool {

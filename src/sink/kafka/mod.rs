@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use rdkafka::ClientConfig;
+use serde::Deserialize;
 
 use super::metadata::{self, Binding, Format};
 use super::{Attempt, BuildError, DeliveryError, Preview, View};
@@ -185,11 +186,24 @@ impl Kafka {
 }
 
 fn read_brokers(section: &mut Section<'_>) -> String {
-    let Some(brokers) = section.require::<Vec<String>>("brokers") else { return String::new() };
-    for problem in kafka::problems_of_brokers(&brokers) {
-        section.problem("brokers", problem);
+    let Some(brokers) = section.require::<Vec<Broker>>("brokers") else { return String::new() };
+    if brokers.is_empty() {
+        section.problem("brokers", "the list of brokers is empty");
     }
-    brokers.join(",")
+    brokers.iter().map(|Broker(address)| address.as_str()).collect::<Vec<_>>().join(",")
+}
+
+/// One that is not an address is told of where it stands, and without what it was made of.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct Broker(String);
+
+impl TryFrom<String> for Broker {
+    type Error = String;
+
+    fn try_from(address: String) -> Result<Self, String> {
+        kafka::problem_of_broker(&address).map_or(Ok(Self(address)), Err)
+    }
 }
 
 fn read_topic(section: &mut Section<'_>) -> Option<Template> {

@@ -27,6 +27,10 @@ fn problems() {
     for broker in ["", ":9092", "k:", "k:0", "k:99999", "k 1", "a,b", "kafka://k:9092", "a:b:1", "u@k:1"] {
         check(&format!("brokers = [{broker:?}]\ntopic = \"t\""), &["is not a broker's address"]);
     }
+    check(
+        "brokers = [\"k\",\n  \"u:${TOKEN}@k\"]\ntopic = \"t\"",
+        &["3: the value is not valid after its `${…}` have been put in"],
+    );
     for topic in ["", "a/b", "a b", ".", "..", "é", "{status}/x", &"x".repeat(250)] {
         check(&format!("brokers = [\"k\"]\ntopic = {topic:?}"), &["3: a topic name has"]);
     }
