@@ -33,7 +33,7 @@ struct Stage {
     /// Counted on over restarts.
     number: i64,
     table: Arc<Table>,
-    /// How far each lane had read by then.
+    /// How far each lane had read by then. What it had not begun with it reads again, and that counts as not read.
     passed: HashMap<String, Position>,
     /// How far the first of them had.
     until: Position,

@@ -95,11 +95,11 @@ impl Window {
         self.entries.front().map_or(self.read_to, |entry| entry.position)
     }
 
-    /// Positions after the cursor that are settled, in order.
+    /// Positions from the cursor on that are settled, in order. The cursor's own is among them until it is read again.
     pub(super) fn ahead(&self) -> Vec<Position> {
         let settled = self.entries.iter().chain(&self.taken).filter(|entry| entry.settled);
         let cursor = self.cursor();
-        settled.map(|entry| entry.position).filter(|position| *position > cursor).collect()
+        settled.map(|entry| entry.position).filter(|position| *position >= cursor).collect()
     }
 
     /// When the oldest event was received that is not settled.
@@ -197,7 +197,7 @@ mod tests {
         // Again, before all of it was read.
         window.go_back(at(10), &HashSet::from([at(11)]));
         window.settle(at(10));
-        check(&window, 10, &[12, 13, 30], 0);
+        check(&window, 10, &[10, 12, 13, 30], 0);
         // 10 is not this sink's any more; 15 is.
         assert!(!window.was_taken(at(11)));
         window.push(at(11), 5, 11);

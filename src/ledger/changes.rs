@@ -14,7 +14,7 @@ use crate::routing::UNROUTED;
 pub struct Progress {
     /// The lowest event that is not settled.
     pub cursor: Position,
-    /// Events after it that are settled, in order.
+    /// Events from there on that are settled, in order.
     pub ahead: Vec<Position>,
 }
 

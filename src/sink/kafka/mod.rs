@@ -193,7 +193,7 @@ fn read_brokers(section: &mut Section<'_>) -> String {
     brokers.iter().map(|Broker(address)| address.as_str()).collect::<Vec<_>>().join(",")
 }
 
-/// One that is not an address is told of where it stands, and without what it was made of.
+/// A broker's address. One that is none is told of without what its references hold.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 struct Broker(String);

@@ -29,7 +29,7 @@ fn problems() {
     }
     check(
         "brokers = [\"k\",\n  \"u:${TOKEN}@k\"]\ntopic = \"t\"",
-        &["3: the value is not valid after its `${…}` have been put in"],
+        &["2: the value is not valid after its `${…}` have been put in"],
     );
     for topic in ["", "a/b", "a b", ".", "..", "é", "{status}/x", &"x".repeat(250)] {
         check(&format!("brokers = [\"k\"]\ntopic = {topic:?}"), &["3: a topic name has"]);
