@@ -7,7 +7,6 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use super::{Books, Millis, RulesKept, Written, parked};
 use crate::journal::Position;
-use crate::routing::UNROUTED;
 
 /// How far a lane has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -253,12 +252,10 @@ fn apply(books: &mut Books<'_>, lane: &str, change: &Change, now: Millis) -> rus
     Ok(None)
 }
 
-/// Whose dead letter it is: what no rule names a sink for is the reserved sink's, whoever has found out.
+/// Whose dead letter it is: what no rule names a sink for is the reserved sink's, which is called like the reason, whoever has
+/// found it.
 fn owner<'l>(lane: &'l str, letter: &DeadLetter) -> &'l str {
-    match letter.reason {
-        Reason::Unrouted => UNROUTED,
-        _ => lane,
-    }
+    if letter.reason == Reason::Unrouted { letter.reason.as_str() } else { lane }
 }
 
 /// Parks a dead letter again; whether it was still there.
