@@ -318,12 +318,14 @@ impl Lane {
         self.hold.answer(self.source.position(), self.released);
     }
 
-    /// Puts down what was read and not begun with, if there is something; it is read again.
+    /// Puts down what was read and not begun with, and reads it again. Not more than that: what other rules would bring to the
+    /// sink from before it would come after later ones of its key.
     fn go_back(&mut self) {
         let is_fresh = |delivery: &Delivery| !delivery.is_parked();
-        let any = !self.unadmitted.is_empty() || self.ready.iter().any(is_fresh) || self.order.any_fresh_waits();
-        let cursor = self.window.cursor();
-        if !any || !self.source.go_back(cursor) {
+        let not_begun = self.ready.iter().filter(|delivery| is_fresh(delivery)).chain(self.order.fresh());
+        let unadmitted = self.unadmitted.front().map(|(position, _)| *position);
+        let Some(first) = not_begun.map(|delivery| delivery.position).chain(unadmitted).min() else { return };
+        if !self.source.go_back(first) {
             return;
         }
         let mut dropped: HashSet<_> = self.order.take_fresh().iter().map(|delivery| delivery.position).collect();
@@ -335,8 +337,8 @@ impl Lane {
             self.ready.extend(self.order.settle(delivery.key));
         }
         self.unadmitted.clear();
-        self.read_to = cursor;
-        self.window.go_back(cursor, &dropped);
+        self.read_to = first;
+        self.window.go_back(first, &dropped);
     }
 
     pub(super) fn obey(&mut self, command: Command) {

@@ -233,8 +233,8 @@ impl Stage {
         let (missed, mut holders): (Vec<_>, Vec<_>) =
             named.into_iter().partition(|(sink, _)| has_passed(sink) && !contains(&before, sink));
         if missed.iter().any(|(sink, _)| *sink == UNROUTED) {
-            let (has, finds): (Vec<_>, Vec<_>) = before.into_iter().partition(|(sink, _)| has_passed(sink));
-            return if has.is_empty() { self.finder(finds).into_iter().collect() } else { has };
+            let (has, others) = before.into_iter().partition(|(sink, _)| has_passed(sink));
+            return self.unrouted(has, others);
         }
         for (sink, route) in before {
             let stays = has_passed(sink) || !missed.is_empty();
@@ -245,10 +245,14 @@ impl Stage {
         holders
     }
 
-    /// Of the sinks whose event is nobody's any more, the one that finds out. It should be one that is still there.
-    fn finder<'r>(&self, mut sinks: Vec<(&'r str, Route)>) -> Option<(&'r str, Route)> {
-        let first = sinks.iter().position(|(sink, _)| self.table.sink(sink).is_some()).unwrap_or(0);
-        (first < sinks.len()).then(|| (sinks.swap_remove(first).0, Route::Nowhere))
+    /// Who has an event that is nobody's any more and was these sinks' before: those that have read it, or, if none of them is
+    /// still there, also the first of the others that is. That one finds out.
+    fn unrouted<'r>(&self, mut has: Vec<(&'r str, Route)>, others: Vec<(&'r str, Route)>) -> Vec<(&'r str, Route)> {
+        let is_there = |(sink, _): &(&str, Route)| self.table.sink(sink).is_some();
+        if !has.iter().any(is_there) {
+            has.extend(others.into_iter().find(is_there).map(|(sink, _)| (sink, Route::Nowhere)));
+        }
+        has
     }
 }
 
@@ -393,6 +397,11 @@ mod tests {
         let again = then(&new, table(&["c"]), passed(&[("a", 15), ("b", 20), ("c", 15), (UNROUTED, 20)]));
         check(&again, 15, &["c"]);
         check(&again, 14, &["-a"]);
+        // What is under way to a sink that is gone may not arrive.
+        let rules = "[sinks.a]\ntype = \"stdout\"\n";
+        let gone = Rules::compile("routes.toml", rules, &Environment).unwrap().0.table;
+        let new = then(&old, gone, passed(&[("a", 10), ("b", 12), (UNROUTED, 20)]));
+        check(&new, 11, &["-a", "b"]);
     }
 
     #[test]

@@ -44,7 +44,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
-use tracing::error;
+use tracing::{error, warn};
 
 pub use breaker::BreakerConfig;
 pub use config::{Config, OrderBy, Rate, StartAt};
@@ -58,7 +58,7 @@ pub use unrouted::Unrouted;
 
 use crate::event::Event;
 use crate::journal::{Position, ReadError, Reader};
-use crate::ledger::{self, Account, Change, Millis, ParkedRow};
+use crate::ledger::{self, Account, Change, DeadLetter, Millis, ParkedRow};
 use crate::sink::{DeliveryError, Sink};
 use crate::telemetry::Throttle;
 use breaker::Breaker;
@@ -358,11 +358,7 @@ impl Lane {
             }
             match found {
                 Found::Event { event, route, since } => self.admit_event(position, event, route, since),
-                Found::Unrouted(letter) => {
-                    self.kept.meters.unrouted.inc();
-                    self.changes.extend(letter.map(Change::Bury));
-                    self.pass_at_once(position);
-                }
+                Found::Unrouted(letter) => self.admit_unrouted(position, letter),
                 Found::Unreadable { record, error } => {
                     error!(sink = %self.name, position = position.to_stored(), %error, "an event can't be read; it is a dead letter now");
                     self.bury_unreadable(delivery::unreadable(position, record, error));
@@ -371,6 +367,18 @@ impl Lane {
             }
         }
         self.window.read_to(self.unadmitted.front().map_or(self.read_to, |(next, _)| *next));
+    }
+
+    /// Takes an event of the backlog that the rules name no sink for any more.
+    fn admit_unrouted(&mut self, position: Position, letter: Option<Box<DeadLetter>>) {
+        self.kept.meters.unrouted.inc();
+        if letter.is_some()
+            && let Some(suppressed) = self.burials.admit(Instant::now())
+        {
+            warn!(sink = %self.name, position = position.to_stored(), suppressed, "no route matches an event any more that waited here; it is a dead letter of the sink unrouted");
+        }
+        self.changes.extend(letter.map(Change::Bury));
+        self.pass_at_once(position);
     }
 
     /// Nothing is to be delivered of what was read from there, nor if it is read again.

@@ -60,9 +60,9 @@ impl<T> Order<T> {
         next
     }
 
-    /// Whether something waits that is fresh.
-    pub(super) fn any_fresh_waits(&self) -> bool {
-        self.busy.values().any(|line| line.waiting.iter().any(self.is_fresh))
+    /// What waits and is fresh.
+    pub(super) fn fresh(&self) -> impl Iterator<Item = &T> {
+        self.busy.values().flat_map(|line| &line.waiting).filter(|delivery| (self.is_fresh)(delivery))
     }
 
     /// What waits and is fresh goes elsewhere.

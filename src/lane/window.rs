@@ -104,7 +104,8 @@ impl Window {
 
     /// When the oldest event was received that is not settled.
     pub(super) fn oldest(&self) -> Option<Millis> {
-        self.entries.front().map(|entry| entry.since)
+        let unsettled = |entry: &&Entry| !entry.settled;
+        self.entries.front().or_else(|| self.taken.iter().find(unsettled)).map(|entry| entry.since)
     }
 
     /// How many deliveries are between the cursor and what was read last.
@@ -207,6 +208,21 @@ mod tests {
         check(&window, 11, &[12, 13, 30], 2);
         window.settle(at(11));
         check(&window, 15, &[30], 1);
+    }
+
+    #[test]
+    fn what_comes_before_the_place_that_it_goes_back_to_stays() {
+        let mut window = Window::resume(at(10), vec![]);
+        for position in [10, 11, 12, 13] {
+            window.push(at(position), 5, position);
+        }
+        window.read_to(at(20));
+        window.settle(at(11));
+        window.go_back(at(12), &HashSet::from([at(12)]));
+        assert_eq!((window.cursor(), window.ahead(), window.unsettled()), (at(10), vec![at(11)], 2));
+        window.settle(at(10));
+        assert_eq!((window.cursor(), window.oldest()), (at(12), Some(13)), "it will be read again");
+        assert!(!window.was_taken(at(12)) && window.was_taken(at(13)));
     }
 
     #[test]
