@@ -157,10 +157,13 @@ fn code_of(error: &KafkaError) -> Code {
     error.rdkafka_error_code().unwrap_or(Code::Fail)
 }
 
+/// What is wrong with a list of brokers that is empty.
+pub const NO_BROKERS: &str = "the list of brokers is empty";
+
 /// What is wrong with a list of brokers.
 pub fn problems_of_brokers(brokers: &[String]) -> Vec<String> {
     if brokers.is_empty() {
-        return vec!["the list of brokers is empty".to_owned()];
+        return vec![NO_BROKERS.to_owned()];
     }
     brokers.iter().filter_map(|broker| problem_of_broker(broker)).collect()
 }

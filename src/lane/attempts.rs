@@ -53,7 +53,7 @@ impl Lane {
         }
         self.expire_ready();
         let fresh = match self.may_probe_with_fresh() {
-            true => self.ready.iter().position(|delivery| !delivery.is_parked()),
+            true => self.ready.iter().position(Delivery::is_fresh),
             false => None,
         };
         // One that is not due was fetched for this, and is to be tried as nothing else.

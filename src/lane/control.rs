@@ -312,7 +312,7 @@ impl Control {
 impl Lane {
     /// Says where the lane is, if somebody asks. Other rules will be about what it has not begun with.
     pub(super) fn answer_hold(&mut self) {
-        if matches!(self.hold, Hold::Asked(_)) && self.source.position().is_some() {
+        if matches!(self.hold, Hold::Asked(_)) {
             self.go_back();
         }
         self.hold.answer(self.source.position(), self.released);
@@ -321,15 +321,15 @@ impl Lane {
     /// Puts down what was read and not begun with, and reads it again. Not more than that: what other rules would bring to the
     /// sink from before it would come after later ones of its key.
     fn go_back(&mut self) {
-        let is_fresh = |delivery: &Delivery| !delivery.is_parked();
-        let not_begun = self.ready.iter().filter(|delivery| is_fresh(delivery)).chain(self.order.fresh());
+        let not_begun = self.ready.iter().filter(|delivery| delivery.is_fresh()).chain(self.order.fresh());
         let unadmitted = self.unadmitted.front().map(|(position, _)| *position);
         let Some(first) = not_begun.map(|delivery| delivery.position).chain(unadmitted).min() else { return };
         if !self.source.go_back(first) {
             return;
         }
         let mut dropped: HashSet<_> = self.order.take_fresh().iter().map(|delivery| delivery.position).collect();
-        let (fresh, parked): (Vec<_>, Vec<_>) = std::mem::take(&mut self.ready).into_iter().partition(is_fresh);
+        let (fresh, parked): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.ready).into_iter().partition(Delivery::is_fresh);
         self.ready = parked.into();
         for delivery in fresh {
             dropped.insert(delivery.position);

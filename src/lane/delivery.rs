@@ -42,6 +42,11 @@ impl Delivery {
         matches!(self.place, Place::Parked(_))
     }
 
+    /// Whether it has not been parked yet.
+    pub(super) fn is_fresh(&self) -> bool {
+        !self.is_parked()
+    }
+
     /// Counts a failed attempt.
     pub(super) fn failed(&mut self, now: Millis) {
         self.failures = self.failures.saturating_add(u32::from(self.due_at.is_none()));

@@ -201,7 +201,7 @@ impl Lane {
         let hasten = kept.failing_since.take().map(|since| Change::Hasten { since, due_at: ledger::now() });
         let (name, at): (Arc<str>, _) = (name.into(), reader.position());
         let control = kept.control(&config);
-        let order = Order::new(|delivery: &Delivery| !delivery.is_parked());
+        let order = Order::new(Delivery::is_fresh);
         let mut parking = Parking::new(Instant::now());
         for (key, count) in parked {
             parking.add(key.map(|value| order.key(&value)), count);

@@ -95,11 +95,10 @@ impl Window {
         self.entries.front().map_or(self.read_to, |entry| entry.position)
     }
 
-    /// Positions from the cursor on that are settled, in order. The cursor's own is among them until it is read again.
+    /// Positions from the cursor on that are settled, in order. Where all is to be read again, the cursor's own may be.
     pub(super) fn ahead(&self) -> Vec<Position> {
         let settled = self.entries.iter().chain(&self.taken).filter(|entry| entry.settled);
-        let cursor = self.cursor();
-        settled.map(|entry| entry.position).filter(|position| *position >= cursor).collect()
+        settled.map(|entry| entry.position).collect()
     }
 
     /// When the oldest event was received that is not settled.

@@ -188,7 +188,7 @@ impl Kafka {
 fn read_brokers(section: &mut Section<'_>) -> String {
     let Some(brokers) = section.require::<Vec<Broker>>("brokers") else { return String::new() };
     if brokers.is_empty() {
-        section.problem("brokers", "the list of brokers is empty");
+        section.problem("brokers", kafka::NO_BROKERS);
     }
     brokers.iter().map(|Broker(address)| address.as_str()).collect::<Vec<_>>().join(",")
 }
